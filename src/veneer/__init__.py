@@ -1,0 +1,54 @@
+"""Veneer: fine-tune language models with LoRA, prove that it worked, and ship the result.
+
+Importing this package imports no torch: the public names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LoraConfig": "veneer.adapters",
+    "AdaptedModel": "veneer.adapters",
+    "attach": "veneer.adapters",
+    "Base": "veneer.models",
+    "load_base": "veneer.models",
+    "generate": "veneer.generate",
+    "evaluate": "veneer.evaluate",
+    "train": "veneer.train",
+    "VeneerError": "veneer.errors",
+}
+
+__all__ = [
+    "AdaptedModel",
+    "Base",
+    "LoraConfig",
+    "VeneerError",
+    "__version__",
+    "attach",
+    "evaluate",
+    "generate",
+    "load_base",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from veneer.adapters import AdaptedModel, LoraConfig, attach
+    from veneer.errors import VeneerError
+    from veneer.evaluate import evaluate
+    from veneer.generate import generate
+    from veneer.models import Base, load_base
+    from veneer.train import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'veneer' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

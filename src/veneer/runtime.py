@@ -1,0 +1,125 @@
+"""The machine: device, dtype, threads, seeds, memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from veneer.errors import UsageError, did_you_mean
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        UsageError: the device is unknown or not on this machine.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{device}'", fix="use auto, cpu, cuda, cuda:0 or mps") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device on this machine", where=f"device: {device}", fix="use device: cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it faster than float32 (measured once on a CPU), else float32.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = _ALIASES.get(dtype, dtype)
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise UsageError(f"unknown dtype '{dtype}'", fix=did_you_mean(dtype, [*DTYPES, "auto"]) or "use bfloat16")
+    where = resolve_device(device)
+    if where.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if where.type == "cpu":
+        return torch.bfloat16 if _bf16_is_faster_on_cpu() else torch.float32
+    return torch.float32
+
+
+_CPU_BF16: bool | None = None
+
+
+def _bf16_is_faster_on_cpu() -> bool:
+    """A 50 ms measurement: bfloat16 without AMX or AVX512-BF16 can be hundreds of times slower (pytorch #146508)."""
+    global _CPU_BF16
+    if _CPU_BF16 is None:
+        seconds = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            small = torch.ones(64, 256, dtype=dtype)
+            torch.nn.functional.linear(small, small)
+            a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+            best = float("inf")
+            for _ in range(5):
+                start = time.perf_counter()
+                torch.nn.functional.linear(a, b)
+                best = min(best, time.perf_counter() - start)
+                if best > 0.02:
+                    break
+            seconds[dtype] = best
+        _CPU_BF16 = seconds[torch.bfloat16] < seconds[torch.float32]
+    return _CPU_BF16
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators (every device)."""
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's generators, as tensors (Python's and NumPy's are never drawn from)."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            state[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what :func:`rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    for key, value in state.items():
+        if key.startswith("cuda.") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(value, int(key.removeprefix("cuda.")))
+
+
+def peak_rss_gb() -> float:
+    """The most resident memory this process has held so far, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def hardware() -> dict[str, Any]:
+    """What a run folder records about the machine."""
+    info: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    if hasattr(os, "sysconf"):
+        info["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
