@@ -1,8 +1,8 @@
 """How customers write dates and amounts, each way with its one meaning.
 
-The rules (also in this folder's README): a day is never confused with a month, because a numeric date is either
-``day.month.year`` with dots or ``year/month/day`` or ``year-month-day``; a separator followed by exactly two digits at the end of
-an amount is the decimal one, and a separator followed by three digits groups thousands.
+The rules (also in this folder's README): a day is never taken for a month, because a numeric date is either
+``day.month.year`` with dots, or ``year/month/day``, or ``year-month-day``; in an amount, a separator followed by
+exactly two digits is the decimal one, and a separator followed by three digits groups thousands.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Literal
 
 Language = Literal["en", "de", "fr", "es"]
 
-_EN = "January February March April May June July August September October November December".split()
-_DE = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()
-_FR = "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split()
-_ES = "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
+MONTHS: dict[Language, str] = {
+    "en": "January February March April May June July August September October November December",
+    "de": "Januar Februar März April Mai Juni Juli August September Oktober November Dezember",
+    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
+    "es": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
+}
 
 _FIRST_DAY, _LAST_DAY = date(2023, 1, 1), date(2026, 12, 31)
 
@@ -36,13 +38,13 @@ def write_date(rng: random.Random, day: date, language: Language) -> str:
         if language != "en":
             return dotted
         return rng.choice([f"{day.year}/{day.month:02}/{day.day:02}", day.isoformat(), dotted])
+    month = MONTHS[language].split()[day.month - 1]
     if language == "de":
-        return f"{day.day}. {_DE[day.month - 1]} {day.year}"
+        return f"{day.day}. {month} {day.year}"
     if language == "fr":
-        return f"{'1er' if day.day == 1 else day.day} {_FR[day.month - 1]} {day.year}"
+        return f"{'1er' if day.day == 1 else day.day} {month} {day.year}"
     if language == "es":
-        return f"{day.day} de {_ES[day.month - 1]} de {day.year}"
-    month = _EN[day.month - 1]
+        return f"{day.day} de {month} de {day.year}"
     return rng.choice(
         [
             f"{day.day} {month} {day.year}",

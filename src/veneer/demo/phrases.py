@@ -1,8 +1,9 @@
 """The sentences that messages are put together from.
 
-Each pool has a part for training and a part for the held-out rows. The sentences that carry the intent and those that carry an order,
-an amount or a date are never shared between the two. A space in braces is filled by the generator: ``{product}``, ``{order}``,
-``{amount}``, ``{date}`` (the bare date), ``{on_date}`` (with its preposition), ``{name}``.
+Each pool has a part for training and a part for the held-out rows. The sentences that carry the intent and those that
+carry an order, an amount, a date or a name are never shared between the two. A space in braces is filled by the
+generator: ``{product}``, ``{order}``, ``{amount}``, ``{date}`` (the bare date), ``{on_date}`` (with its preposition),
+``{name}``, ``{phone}``, ``{postcode}``.
 """
 
 from __future__ import annotations

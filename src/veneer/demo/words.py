@@ -1,6 +1,7 @@
 """What the shop's customers are called and what they buy.
 
-Each split draws from lists of its own: a first name, a last name or a kind of product of the held-out rows is never seen in training.
+Each split draws from lists of its own: a first name, a last name or a kind of product of the held-out rows is never
+seen in training. The traits before a product ("oak", "Nordal") may be.
 """
 
 from __future__ import annotations
@@ -10,112 +11,70 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 
+
+def _words(text: str, separator: str | None = None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(separator))
+
+
 FIRST_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": tuple(
-        "Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nina Oscar Paul Rosa Sam Tina Victor "
-        "Alice Bruno Clara Daniel Elena Felix Hannah Ivan Julia Kevin Laura Martin Nora Peter Robert Sara Thomas Ursula "
-        "Walter André Zoë José Inés Jörg Chloé Sofía Günter Amélie Raúl Käthe Mateo Priya Kenji Aisha Omar".split()
-    ),
-    "heldout": tuple(
-        "Adam Bella Charles Diana Eric Fiona George Helen Ian Jane Kurt Linda Mark Naomi Oliver Rachel Simon Teresa "
-        "Lukas Marie René Andrés Jürgen Zélie Noor Ravi Yuki Hugo".split()
-    ),
+    "train": _words("""
+        Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nina Oscar Paul Rosa Sam Tina Victor
+        Alice Bruno Clara Daniel Elena Felix Hannah Ivan Julia Kevin Laura Martin Nora Peter Robert Sara Thomas Ursula
+        Walter André Zoë José Inés Jörg Chloé Sofía Günter Amélie Raúl Käthe Mateo Priya Kenji Aisha Omar
+    """),
+    "heldout": _words("""
+        Adam Bella Charles Diana Eric Fiona George Helen Ian Jane Kurt Linda Mark Naomi Oliver Rachel Simon Teresa
+        Lukas Marie René Andrés Jürgen Zélie Noor Ravi Yuki Hugo
+    """),
 }
 
 LAST_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": tuple(
-        "Adams Baker Carter Clark Cooper Davis Ellis Fischer Foster Garcia Gray Green Hall Harris Hill Hughes Keller Klein "
-        "Lang Lewis Lopez Martin Meyer Miller Moore Morgan Murphy Perez Price Reed Roberts Rossi Schmidt Scott Silva Stone "
-        "Taylor Turner Vogel Walker Ward Weber West Wilson Wolf Young Müller Núñez Lefèvre Böhm Gómez Jäger Dubois Patel "
-        "Okafor Novak Tanaka Haddad".split()
-    ),
-    "heldout": tuple(
-        "Allen Bennett Brooks Campbell Cook Duncan Fox Graham Howard Hunt Jackson Kelly Lane Marsh Nelson Palmer Phillips "
-        "Richter Russell Schneider Sanchez Torres Wagner Webb Krüger Muñoz Girard Bélanger Singh Ito Mensah Kowalski".split()
-    ),
+    "train": _words("""
+        Adams Baker Carter Clark Cooper Davis Ellis Fischer Foster Garcia Gray Green Hall Harris Hill Hughes Keller
+        Klein Lang Lewis Lopez Martin Meyer Miller Moore Morgan Murphy Perez Price Reed Roberts Rossi Schmidt Scott
+        Silva Stone Taylor Turner Vogel Walker Ward Weber West Wilson Wolf Young Müller Núñez Lefèvre Böhm Gómez Jäger
+        Dubois Patel Okafor Novak Tanaka Haddad
+    """),
+    "heldout": _words("""
+        Allen Bennett Brooks Campbell Cook Duncan Fox Graham Howard Hunt Jackson Kelly Lane Marsh Nelson Palmer
+        Phillips Richter Russell Schneider Sanchez Torres Wagner Webb Krüger Muñoz Girard Bélanger Singh Ito Mensah
+        Kowalski
+    """),
 }
 
 TRAITS: dict[Split, tuple[str, ...]] = {
-    "train": tuple(
-        "oak walnut pine steel copper brass glass leather linen cotton wool velvet bamboo marble ceramic silk canvas "
-        "black white red blue green grey yellow large small folding wireless portable vintage Arbor Nordal Luma Kestrel".split()
-    ),
-    "heldout": tuple(
-        "oak steel glass leather cotton wool ceramic black white red blue small folding wireless "
-        "cherry iron rattan suede orange purple compact waterproof Solva Tamar Bergen".split()
-    ),
+    "train": _words("""
+        oak walnut pine steel copper brass glass leather linen cotton wool velvet bamboo marble ceramic silk canvas
+        black white red blue green grey yellow large small folding wireless portable vintage Arbor Nordal Luma Kestrel
+    """),
+    "heldout": _words("""
+        oak steel glass leather cotton wool ceramic black white red blue small folding wireless
+        cherry iron rattan suede orange purple compact waterproof Solva Tamar Bergen
+    """),
 }
 
 PRODUCTS: dict[Split, tuple[str, ...]] = {
-    "train": (
-        *("desk lamp", "coffee table", "bookshelf", "armchair", "wall clock", "mirror", "rug", "curtain", "cushion"),
-        *(
-            "blanket",
-            "pillow",
-            "vase",
-            "teapot",
-            "kettle",
-            "frying pan",
-            "knife set",
-            "cutting board",
-            "mug",
-            "salad bowl",
-        ),
-        *(
-            "wine rack",
-            "candle holder",
-            "picture frame",
-            "backpack",
-            "wallet",
-            "handbag",
-            "suitcase",
-            "umbrella",
-            "scarf",
-        ),
-        *("sweater", "jacket", "belt", "sneaker", "bath robe", "glove", "headset", "keyboard", "phone case", "speaker"),
-        *("alarm clock", "camera strap", "notebook", "pencil case", "garden chair", "watering can", "plant pot"),
-        *(
-            "bird feeder",
-            "tent",
-            "sleeping bag",
-            "yoga mat",
-            "bike helmet",
-            "water bottle",
-            "board game",
-            "puzzle",
-            "toy train",
-        ),
+    "train": _words(
+        """desk lamp, coffee table, bookshelf, armchair, wall clock, mirror, rug, curtain, cushion, blanket, pillow,
+        vase, teapot, kettle, frying pan, knife set, cutting board, mug, salad bowl, wine rack, candle holder,
+        picture frame, backpack, wallet, handbag, suitcase, umbrella, scarf, sweater, jacket, belt, sneaker, bath robe,
+        glove, headset, keyboard, phone case, speaker, alarm clock, camera strap, notebook, pencil case, garden chair,
+        watering can, plant pot, bird feeder, tent, sleeping bag, yoga mat, bike helmet, water bottle, board game,
+        puzzle, toy train""",
+        ",",
     ),
-    "heldout": (
-        *(
-            "floor lamp",
-            "dining table",
-            "wardrobe",
-            "stool",
-            "doormat",
-            "bath towel",
-            "bedspread",
-            "serving tray",
-            "toaster",
-        ),
-        *("coffee grinder", "bread knife", "soup plate", "shoe rack", "travel bag", "sun hat", "raincoat", "bow tie"),
-        *(
-            "microphone",
-            "monitor stand",
-            "charger",
-            "fountain pen",
-            "lunch box",
-            "hammock",
-            "flower box",
-            "camping stove",
-        ),
-        *("skipping rope", "chess set", "doll house"),
+    "heldout": _words(
+        """floor lamp, dining table, wardrobe, stool, doormat, bath towel, bedspread, serving tray, toaster,
+        coffee grinder, bread knife, soup plate, shoe rack, travel bag, sun hat, raincoat, bow tie, microphone,
+        monitor stand, charger, fountain pen, lunch box, hammock, flower box, camping stove, skipping rope, chess set,
+        doll house""",
+        ",",
     ),
 }
 
-# Order codes: one letter, a hyphen, four digits. The last digit says which split a code belongs to.
+# Order codes are one letter, a hyphen and four digits; the last digit says which split a code belongs to.
 CODE_LETTERS = "ABCDEHKLMNRTWX"
-HELDOUT_LAST_DIGITS = "37"
+CODE_LAST_DIGITS: dict[Split, str] = {"train": "01245689", "heldout": "37"}
 
 
 def draw_name(rng: random.Random, split: Split) -> str:
@@ -125,13 +84,10 @@ def draw_name(rng: random.Random, split: Split) -> str:
 
 def draw_product(rng: random.Random, split: Split) -> str:
     """A product such as "oak desk lamp"; now and then with two traits ("small oak desk lamp")."""
-    count = 2 if rng.random() < 0.12 else 1
+    count = 2 if rng.random() < 0.1 else 1
     return " ".join([*rng.sample(TRAITS[split], count), rng.choice(PRODUCTS[split])])
 
 
 def draw_code(rng: random.Random, split: Split) -> str:
     """An order code such as "K-4821"."""
-    last = (
-        HELDOUT_LAST_DIGITS if split == "heldout" else "".join(d for d in "0123456789" if d not in HELDOUT_LAST_DIGITS)
-    )
-    return f"{rng.choice(CODE_LETTERS)}-{rng.randint(100, 999)}{rng.choice(last)}"
+    return f"{rng.choice(CODE_LETTERS)}-{rng.randint(100, 999)}{rng.choice(CODE_LAST_DIGITS[split])}"
