@@ -1,0 +1,167 @@
+"""Causal attention inside documents that lie one after another in a packed row.
+
+``o = softmax(s q k^T + causal) v``  (Vaswani et al. 2017, eq. 1), each document for itself, a key head serving several
+query heads. Queries are taken in tiles of rows, each against the keys up to its own end, so that the masked half of the
+scores is never computed and memory is one tile's scores, not ``L^2``. For the documents of fine-tuning this is several
+times faster on a CPU than the flash kernel's backward.
+
+Kept for the backward: q, k, v, o in their own dtype and the log-sum-exp of each row (Dao et al. 2022, alg. 4):
+
+    P  = exp(S - lse)
+    dS = P * (dO V^T - rowsum(dO * O))
+
+Names: ``T`` positions of the packed row, ``L`` of one document, ``H`` query heads, ``K`` key heads, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 256
+
+
+def document_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The operation in plain PyTorch with one dense mask; the oracle of :func:`document_attention`."""
+    total = q.shape[-2]
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    position = torch.arange(total, device=q.device)
+    distance = position[:, None] - position[None, :]
+    allowed = (document[:, None] == document[None, :]) & (distance >= 0)
+    if window is not None:
+        allowed &= distance < window
+    groups = q.shape[0] // k.shape[0]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q @ k.repeat_interleave(groups, 0).transpose(-1, -2)).to(wide) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).to(q.dtype)
+    return weights @ v.repeat_interleave(groups, 0)
+
+
+def document_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention, isolated per document.
+
+    Args:
+        q: ``[H, T, D]``; k, v: ``[K, T, D]`` with ``H`` a multiple of ``K``.
+        lengths: the documents' lengths, summing to ``T``.
+        scaling: factor on the scores, usually ``1 / sqrt(D)``.
+        window: a position sees this many positions back at most, itself included (sliding window).
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+
+    Returns:
+        ``[H, T, D]`` in ``q``'s dtype.
+    """
+    result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap)  # type: ignore[no-untyped-call]  # torch's own
+    return result
+
+
+def _tiles(lengths: Sequence[int], window: int | None) -> Iterator[tuple[int, int, int]]:
+    """``(first query, end of queries, first key)`` of each tile; the keys end where the queries end."""
+    for start, length in zip(itertools.accumulate(lengths, initial=0), lengths):
+        for row in range(start, start + length, TILE):
+            first = start if window is None else max(start, row - window + 1)
+            yield row, min(row + TILE, start + length), first
+
+
+def _scores(
+    q: Tensor, k: Tensor, scaling: float, window: int | None, softcap: float | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``(S [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()
+    scores *= scaling
+    tanh = None
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores = tanh * softcap
+    rows = mask.shape[0]
+    scores.view(k.shape[0], -1, rows, k.shape[1]).masked_fill_(mask, float("-inf"))
+    return scores, tanh
+
+
+def _mask(rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """``[rows, keys]`` bool, True where a key may not be seen; the last query stands at the last key."""
+    distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    blocked = distance < 0
+    return blocked if window is None else blocked | (distance >= window)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        heads, total, size = q.shape
+        groups = heads // k.shape[0]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.empty(heads, total, size, dtype=q.dtype, device=q.device)
+        lse = torch.empty(heads, total, dtype=wide, device=q.device)
+        for row, end, first in _tiles(lengths, window):
+            qt = q[:, row:end].reshape(-1, groups * (end - row), size)
+            mask = _mask(end - row, end - first, window, q.device)
+            scores, _ = _scores(qt, k[:, first:end], scaling, window, softcap, mask)
+            row_lse = torch.logsumexp(scores, -1, keepdim=True)
+            weights = scores.sub_(row_lse).exp_().to(q.dtype)
+            out[:, row:end] = torch.bmm(weights, v[:, first:end]).view(heads, end - row, size)
+            lse[:, row:end] = row_lse.view(heads, end - row)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = (lengths, scaling, window, softcap)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        lengths, scaling, window, softcap = ctx.arguments
+        heads, _, size = q.shape
+        kheads = k.shape[0]
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        delta = (dout * out).sum(-1, dtype=lse.dtype)
+        for row, end, first in _tiles(lengths, window):
+            shape = (kheads, heads // kheads * (end - row))
+            qt, dot = q[:, row:end].reshape(*shape, size), dout[:, row:end].reshape(*shape, size)
+            kt, vt = k[:, first:end], v[:, first:end]
+            mask = _mask(end - row, end - first, window, q.device)
+            scores, tanh = _scores(qt, kt, scaling, window, softcap, mask)
+            weights = scores.sub_(lse[:, row:end].reshape(*shape, 1)).exp_()
+            dv[:, first:end] += torch.bmm(weights.to(q.dtype).transpose(1, 2), dot)
+            dweights = torch.bmm(dot, vt.transpose(1, 2)).to(weights.dtype)
+            dscores = dweights.sub_(delta[:, row:end].reshape(*shape, 1)).mul_(weights)
+            if tanh is not None:
+                dscores.mul_(1 - tanh.square_())
+            ds = dscores.mul_(scaling).to(q.dtype)
+            dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)
+            dk[:, first:end] += torch.bmm(ds.transpose(1, 2), qt)
+        return dq, dk, dv, None, None, None, None

@@ -1,0 +1,126 @@
+"""A gated MLP with low-rank updates on its three linears, as one differentiable operation.
+
+``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
+
+Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` and the rank-r rows; ``act(e)`` and the product are
+computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]`` tensors are kept than eager
+code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they read ``x`` once.
+Names: ``T`` rows, ``d`` width, ``f`` hidden width, ``r`` rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from veneer.kernels.lora_linear import lora_linear_reference, low_rank_forward, low_rank_grads
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+@dataclass(frozen=True)
+class LowRankLinear:
+    """The operands of one frozen linear and its update."""
+
+    weight: Tensor  # [out, in] frozen
+    bias: Tensor | None  # [out] frozen
+    A: Tensor  # [r, in] float32
+    B: Tensor  # [out, r] float32
+    scaling: float
+
+    @property
+    def frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
+
+def activation(name: str, e: Tensor) -> Tensor:
+    """``silu``, ``gelu`` or ``gelu_tanh`` of ``e``."""
+    if name == "silu":
+        return F.silu(e)
+    return F.gelu(e, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def _activation_grad(name: str, grad: Tensor, e: Tensor) -> Tensor:
+    if name == "silu":
+        out: Tensor = torch.ops.aten.silu_backward(grad, e)
+    else:
+        out = torch.ops.aten.gelu_backward(grad, e, approximate="tanh" if name == "gelu_tanh" else "none")
+    return out
+
+
+def gated_mlp_reference(
+    x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu"
+) -> Tensor:
+    """The operation in plain PyTorch; the oracle of :func:`gated_mlp`."""
+
+    def linear(x: Tensor, p: LowRankLinear) -> Tensor:
+        return lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling)
+
+    return linear(activation(act, linear(x, gate)) * linear(x, up), down)
+
+
+def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu") -> Tensor:
+    """``down(act(gate(x)) * up(x))``.
+
+    Args:
+        x: ``[..., d]`` in the base's dtype.
+        gate, up: linears ``d -> f``; down: ``f -> d``; ranks may differ.
+        act: one of :data:`ACTIVATIONS`.
+
+    Returns:
+        ``[..., d]`` in ``x``'s dtype.
+    """
+    if not (gate.frozen and up.frozen and down.frozen):
+        return gated_mlp_reference(x, gate, up, down, act)
+    flat = [t for p in (gate, up, down) for t in (p.weight, p.bias, p.A, p.B)]
+    result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    return result
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: str, scalings: tuple[float, float, float], *operands: Tensor) -> Tensor:
+        wg, bg, Ag, Bg, wu, bu, Au, Bu, wd, bd, Ad, Bd = operands
+        sg, su, sd = scalings
+        ag, bbg, au, bbu, ad, bbd = (t.to(x.dtype) for t in (Ag, Bg, Au, Bu, Ad, Bd))
+        flat = x.reshape(-1, x.shape[-1])
+        stacked = torch.cat((ag, au))
+        hh = flat @ stacked.t()
+        hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
+        e = F.linear(flat, wg, bg).addmm_(hg, bbg.t(), alpha=sg)
+        g = F.linear(flat, wu, bu).addmm_(hu, bbu.t(), alpha=su)
+        m = activation(act, e).mul_(g)
+        y, hd = low_rank_forward(m, wd, bd, ad, bbd, sd)
+        ctx.save_for_backward(flat, e, g, hh, hd, wg, wu, wd, stacked, bbg, bbu, ad, bbd)
+        ctx.act, ctx.scalings, ctx.dtypes = act, scalings, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, e, g, hh, hd, wg, wu, wd, stacked, bg, bu, ad, bd = ctx.saved_tensors
+        sg, su, sd = ctx.scalings
+        rank = bg.shape[1]
+        flat = dy.reshape(-1, dy.shape[-1])
+        a = activation(ctx.act, e)
+        m = a * g
+        pd, dAd, dBd = low_rank_grads(flat, m, hd, bd, sd)
+        dm = torch.mm(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
+        dg = a.mul_(dm)
+        de = _activation_grad(ctx.act, dm.mul_(g), e)
+        # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
+        pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
+        dAA = pp.t() @ x
+        dBg = (de.t() @ hh[:, :rank]).mul_(sg)
+        dBu = (dg.t() @ hh[:, rank:]).mul_(su)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(de, wg).addmm_(dg, wu).addmm_(pp, stacked).view(*dy.shape[:-1], x.shape[-1])
+        grads = (dAA[:rank], dBg, dAA[rank:], dBu, dAd, dBd)
+        gag, gbg, gau, gbu, gad, gbd = (t.to(dtype) for t, dtype in zip(grads, ctx.dtypes))
+        return dx, None, None, None, None, gag, gbg, None, None, gau, gbu, None, None, gad, gbd

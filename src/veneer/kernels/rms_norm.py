@@ -1,0 +1,58 @@
+"""Root-mean-square normalisation with a frozen weight.
+
+``y = x / sqrt(mean(x^2) + eps) * w``  (Zhang and Sennrich 2019, eq. 4), statistics in float32.
+
+Kept for the backward: ``x`` in its own dtype and ``rstd [T, 1]`` in float32. No gradient of the weight is computed.
+
+    g  = dy * w
+    dx = rstd * (g - xhat * mean(g * xhat))    with xhat = x * rstd
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The operation in plain PyTorch, as Llama's own code writes it: the cast back comes before the weight."""
+    xf = x.float() if x.dtype != torch.float64 else x
+    xhat = xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * xhat.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: ``x [..., d]``, ``weight [d]`` frozen; returns ``[..., d]`` in ``x``'s dtype."""
+    if weight.requires_grad:
+        return rms_norm_reference(x, weight, eps)
+    result: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]  # torch's own
+    return result
+
+
+def _wide(x: Tensor) -> Tensor:
+    wide: Tensor = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return wide
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        xf = _wide(x)
+        # One pass for the squares: a norm per row instead of pow, mean and their temporaries.
+        rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = (xf * rstd).to(x.dtype)
+        y.mul_(weight)
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, weight = ctx.saved_tensors
+        g = _wide(dy * weight)
+        xhat = _wide(x) * rstd
+        mean = (g * xhat).mean(-1, keepdim=True)
+        return xhat.mul_(-mean).add_(g).mul_(rstd).to(x.dtype), None, None

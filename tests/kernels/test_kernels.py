@@ -1,0 +1,238 @@
+"""Every fused operation against its plain reference: double-precision gradients, and tolerance in working precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels import attention
+from veneer.kernels.attention import document_attention, document_attention_reference
+from veneer.kernels.gated_mlp import ACTIVATIONS, LowRankLinear, gated_mlp, gated_mlp_reference
+from veneer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
+from veneer.kernels.rms_norm import rms_norm, rms_norm_reference
+
+DOUBLE = torch.float64
+
+
+def randn(*shape: int, grad: bool = False, dtype: torch.dtype = DOUBLE, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=DOUBLE) * scale).to(dtype).requires_grad_(grad)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_same_as_reference(fused: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Values and all gradients under a random upstream gradient; in bfloat16 against the reference in float32."""
+    out = fused(*inputs)
+    wide = [t.detach().to(DOUBLE).requires_grad_(t.requires_grad) for t in inputs]
+    expected = plain(*wide)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}[out.dtype]
+    assert_close_relative(out, expected, tolerance)
+    upstream = torch.randn(out.shape, dtype=DOUBLE)
+    out.backward(upstream.to(out.dtype))
+    expected.backward(upstream)
+    for got, want in zip(inputs, wide):
+        if want.requires_grad:
+            assert got.grad is not None
+            assert want.grad is not None
+            assert_close_relative(got.grad, want.grad, tolerance)
+
+
+def assert_close_relative(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.to(DOUBLE) - want).norm() / want.norm()
+    assert error < tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+
+
+class TestLoraLinear:
+    def test_gradients_in_double_precision(self) -> None:
+        x, A, B = randn(2, 5, 6, grad=True), randn(3, 6, grad=True), randn(7, 3, grad=True)
+        weight, bias = randn(7, 6), randn(7)
+        assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], weight, bias, t[1], t[2], 0.7), (x, A, B))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("with_bias", [True, False])
+    def test_equals_the_reference(self, dtype: torch.dtype, with_bias: bool) -> None:
+        weight, bias = randn(33, 40, dtype=dtype), randn(33, dtype=dtype) if with_bias else None
+        inputs = (randn(3, 17, 40, grad=True, dtype=dtype), randn(5, 40, grad=True), randn(33, 5, grad=True))
+
+        def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            wide_bias = None if bias is None else bias.to(x.dtype)
+            return lora_linear_reference(x, weight.to(x.dtype), wide_bias, A, B, 1.5)
+
+        assert_same_as_reference(lambda x, A, B: lora_linear(x, weight, bias, A, B, 1.5), plain, *inputs)
+
+    def test_float32_masters_get_float32_gradients_under_a_bfloat16_base(self) -> None:
+        A, B = randn(4, 8, grad=True, dtype=torch.float32), randn(6, 4, grad=True, dtype=torch.float32)
+        x, weight = randn(3, 8, dtype=torch.bfloat16), randn(6, 8, dtype=torch.bfloat16)
+        y = lora_linear(x, weight, None, A, B, 1.0)
+        y.sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert A.grad is not None
+        assert A.grad.dtype == torch.float32
+
+    def test_a_trained_base_weight_gets_its_gradient(self) -> None:
+        weight = randn(6, 8, grad=True)
+        lora_linear(randn(3, 8), weight, None, randn(2, 8), randn(6, 2), 1.0).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
+
+    def test_saves_the_input_once_in_its_own_dtype_and_nothing_else_of_its_size(self) -> None:
+        saved: list[Tensor] = []
+        x, weight = randn(64, 128, grad=True, dtype=torch.bfloat16), randn(96, 128, dtype=torch.bfloat16)
+        A, B = randn(4, 128, grad=True, dtype=torch.float32), randn(96, 4, grad=True, dtype=torch.float32)
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            lora_linear(x, weight, None, A, B, 1.0)
+        rows = [t for t in saved if t.dim() == 2 and t.shape[0] == 64]
+        assert sorted(t.shape[1] for t in rows) == [4, 128]
+        assert all(t.dtype == torch.bfloat16 for t in rows)
+
+
+class TestGatedMlp:
+    def operands(self, dtype: torch.dtype, d: int = 6, f: int = 8) -> tuple[list[Tensor], list[Tensor | None]]:
+        trained, frozen = [], []
+        for out, inp, rank in ((f, d, 2), (f, d, 2), (d, f, 3)):
+            frozen += [randn(out, inp, dtype=dtype, scale=inp**-0.5), randn(out, dtype=dtype)]
+            trained += [randn(rank, inp, grad=True, scale=inp**-0.5), randn(out, rank, grad=True)]
+        return trained, frozen  # type: ignore[return-value]
+
+    def run(self, function: Callable[..., Tensor], act: str, frozen: list[Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *t: Tensor) -> Tensor:
+            w = [f.to(x.dtype) for f in frozen]
+            parts = [LowRankLinear(w[2 * i], w[2 * i + 1], t[2 * i], t[2 * i + 1], 0.5 + i) for i in range(3)]
+            return function(x, *parts, act)
+
+        return call
+
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    def test_gradients_in_double_precision(self, act: str) -> None:
+        trained, frozen = self.operands(DOUBLE)
+        assert torch.autograd.gradcheck(self.run(gated_mlp, act, frozen), (randn(2, 5, 6, grad=True), *trained))
+
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equals_the_reference(self, act: str, dtype: torch.dtype) -> None:
+        trained, frozen = self.operands(dtype, d=24, f=40)
+        x = randn(3, 9, 24, grad=True, dtype=dtype)
+        fused, plain = self.run(gated_mlp, act, frozen), self.run(gated_mlp_reference, act, frozen)
+        assert_same_as_reference(fused, plain, x, *trained)
+
+
+class TestRmsNorm:
+    def test_gradients_in_double_precision(self) -> None:
+        weight = randn(6)
+        assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, 1e-5), (randn(2, 5, 6, grad=True),))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equals_the_reference(self, dtype: torch.dtype) -> None:
+        weight = randn(64, dtype=dtype)
+        x = randn(3, 7, 64, grad=True, dtype=dtype)
+        assert_same_as_reference(
+            lambda x: rms_norm(x, weight, 1e-6), lambda x: rms_norm_reference(x, weight.to(x.dtype), 1e-6), x
+        )
+
+    def test_a_row_of_zeros_stays_finite(self) -> None:
+        x = torch.zeros(2, 8, requires_grad=True)
+        rms_norm(x, torch.ones(8), 1e-5).sum().backward()
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+
+
+class TestLinearCrossEntropy:
+    @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
+    def test_gradients_in_double_precision(self, softcap: float | None, scale: float) -> None:
+        weight, targets = randn(11, 6), torch.randint(0, 11, (2, 5))
+        targets[0, 2] = targets[1, 4] = -100
+        assert torch.autograd.gradcheck(
+            lambda h: linear_cross_entropy(h, weight, targets, None, softcap, scale).nll, (randn(2, 5, 6, grad=True),)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("softcap", [None, 3.0])
+    def test_equals_the_reference_over_several_chunks(
+        self, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("veneer.kernels.linear_cross_entropy.CHUNK_BYTES", 0)  # the smallest chunk: 64 rows
+        weight, bias = randn(50, 16, dtype=dtype), randn(50, dtype=dtype)
+        targets = torch.randint(0, 50, (200,))
+        targets[::3] = -100
+
+        def call(function: Callable[..., object]) -> Callable[[Tensor], Tensor]:
+            def run(h: Tensor) -> Tensor:
+                losses = function(h, weight.to(h.dtype), targets, bias.to(h.dtype), softcap)
+                return losses.nll  # type: ignore[attr-defined, no-any-return]
+
+            return run
+
+        h = randn(200, 16, grad=True, dtype=dtype)
+        out = call(linear_cross_entropy)(h)
+        wide = h.detach().to(DOUBLE).requires_grad_()
+        expected = call(linear_cross_entropy_reference)(wide)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert_close_relative(out.detach(), expected, tolerance)
+        upstream = torch.randn(len(out), dtype=DOUBLE)
+        out.backward(upstream.to(out.dtype))
+        expected.backward(upstream)
+        assert h.grad is not None
+        assert wide.grad is not None
+        assert_close_relative(h.grad, wide.grad, tolerance)
+        assert (h.grad[::3] == 0).all()
+
+    def test_counts_correct_predictions_and_says_where_they_stand(self) -> None:
+        weight = torch.eye(4)
+        hidden = torch.tensor([[5.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0]])
+        losses = linear_cross_entropy(hidden, weight, torch.tensor([0, -100, 3]))
+        assert losses.correct.tolist() == [True, False]
+        assert losses.positions.tolist() == [0, 2]
+
+    def test_nothing_trained_is_an_empty_loss_not_an_error(self) -> None:
+        hidden = randn(3, 4, grad=True)
+        losses = linear_cross_entropy(hidden, randn(5, 4), torch.full((3,), -100))
+        losses.nll.sum().backward()
+        assert len(losses.nll) == 0
+        assert (hidden.grad == 0).all()
+
+
+class TestDocumentAttention:
+    @pytest.mark.parametrize("window", [None, 2, 3])
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_gradients_and_values_in_double_precision(
+        self, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(attention, "TILE", 3)  # documents of several tiles
+        q, k, v = randn(4, 9, 5, grad=True), randn(2, 9, 5, grad=True), randn(2, 9, 5, grad=True)
+
+        def call(*t: Tensor) -> Tensor:
+            return document_attention(*t, [4, 5], 0.3, window, softcap)
+
+        assert torch.autograd.gradcheck(call, (q, k, v))
+        assert_close_relative(call(q, k, v), document_attention_reference(q, k, v, [4, 5], 0.3, window, softcap), 1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equals_the_reference(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(attention, "TILE", 32)
+        lengths = [1, 70, 33, 32]
+        q, k, v = (randn(heads, sum(lengths), 16, grad=True, dtype=dtype) for heads in (6, 2, 2))
+        assert_same_as_reference(
+            lambda *t: document_attention(*t, lengths, 0.25),
+            lambda *t: document_attention_reference(*t, lengths, 0.25),
+            q,
+            k,
+            v,
+        )
+
+    def test_a_document_does_not_see_its_neighbours(self) -> None:
+        q, k, v = randn(2, 10, 4), randn(2, 10, 4), randn(2, 10, 4)
+        alone = document_attention(q[:, 6:], k[:, 6:], v[:, 6:], [4], 0.5)
+        packed = document_attention(q, k, v, [6, 4], 0.5)
+        assert torch.equal(packed[:, 6:], alone)
