@@ -1,7 +1,7 @@
 """What the shop's customers are called and what they buy.
 
 Each split draws from lists of its own: a first name, a last name or a kind of product of the held-out rows is never
-seen in training. The traits before a product ("oak", "Nordal") may be.
+seen in training. What stands before a product ("oak", "red") may be.
 """
 
 from __future__ import annotations
@@ -42,15 +42,20 @@ LAST_NAMES: dict[Split, tuple[str, ...]] = {
     """),
 }
 
-TRAITS: dict[Split, tuple[str, ...]] = {
+MATERIALS: dict[Split, tuple[str, ...]] = {
+    "train": _words(
+        "oak walnut pine steel copper brass glass leather linen cotton wool velvet bamboo marble ceramic silk"
+    ),
+    "heldout": _words("oak steel glass leather cotton wool ceramic cherry iron rattan suede"),
+}
+
+LOOKS: dict[Split, tuple[str, ...]] = {
     "train": _words("""
-        oak walnut pine steel copper brass glass leather linen cotton wool velvet bamboo marble ceramic silk canvas
         black white red blue green grey yellow large small folding wireless portable vintage Arbor Nordal Luma Kestrel
     """),
-    "heldout": _words("""
-        oak steel glass leather cotton wool ceramic black white red blue small folding wireless
-        cherry iron rattan suede orange purple compact waterproof Solva Tamar Bergen
-    """),
+    "heldout": _words(
+        "black white red blue small folding wireless orange purple compact waterproof Solva Tamar Bergen"
+    ),
 }
 
 PRODUCTS: dict[Split, tuple[str, ...]] = {
@@ -83,9 +88,10 @@ def draw_name(rng: random.Random, split: Split) -> str:
 
 
 def draw_product(rng: random.Random, split: Split) -> str:
-    """A product such as "oak desk lamp"; now and then with two traits ("small oak desk lamp")."""
-    count = 2 if rng.random() < 0.1 else 1
-    return " ".join([*rng.sample(TRAITS[split], count), rng.choice(PRODUCTS[split])])
+    """A product such as "oak desk lamp" or "red desk lamp"; now and then with both ("red oak desk lamp")."""
+    look, material = rng.choice(LOOKS[split]), rng.choice(MATERIALS[split])
+    traits = rng.choices([look, material, f"{look} {material}"], [45, 45, 10])[0]
+    return f"{traits} {rng.choice(PRODUCTS[split])}"
 
 
 def draw_code(rng: random.Random, split: Split) -> str:
