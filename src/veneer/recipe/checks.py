@@ -1,0 +1,118 @@
+"""What single keys cannot tell: values that contradict each other, and names that only a list knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from veneer.errors import did_you_mean
+from veneer.recipe.schema import LOSS, METRICS, REGEX_METRIC, Recipe
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A problem of one key, or of one key in the light of ``others``; ``what`` goes on after the key's name."""
+
+    path: tuple[str, ...]
+    what: str
+    fix: str
+    others: tuple[tuple[str, ...], ...] = ()
+
+
+def contradictions(recipe: Recipe) -> list[Contradiction]:
+    """All of them; empty for a sound recipe."""
+    return [*_adapter(recipe), *_batches(recipe), *_evaluation(recipe), *_metrics(recipe)]
+
+
+def _adapter(recipe: Recipe) -> Iterator[Contradiction]:
+    adapter = recipe.adapter
+    targets, exclude = adapter.target_modules, adapter.exclude_modules
+    patterns = [("target_modules", targets), ("exclude_modules", exclude)]
+    patterns += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(adapter, name)]
+    for name, pattern in patterns:
+        if isinstance(pattern, str) and pattern != "all-linear":
+            problem = _regex_problem(pattern)
+            if problem:
+                yield Contradiction(("adapter", name), f"is no regular expression: {problem}", "mend the expression")
+    if isinstance(targets, str) and targets != "all-linear" and adapter.layers_to_transform is not None:
+        yield Contradiction(
+            ("adapter", "layers_to_transform"),
+            "goes with a list of target_modules, not with a regular expression",
+            "name the layers in the expression, or list the modules",
+            (("adapter", "target_modules"),),
+        )
+    if adapter.init_lora_weights == "orthogonal":
+        for name, rank in [("r", adapter.r), *(("rank_pattern", rank) for rank in adapter.rank_pattern.values())]:
+            if rank % 2:
+                yield Contradiction(
+                    ("adapter", name),
+                    f"holds the odd rank {rank}, and orthogonal initialisation splits it in two",
+                    "use an even rank",
+                    (("adapter", "init_lora_weights"),),
+                )
+
+
+def _batches(recipe: Recipe) -> Iterator[Contradiction]:
+    train = recipe.train
+    tokens = train.micro_batch_tokens
+    if tokens is not None and not train.packing:
+        yield Contradiction(
+            ("train", "micro_batch_tokens"),
+            "does nothing without packing",
+            "set train.packing to true, or remove it: per_device_train_batch_size sizes a padded batch",
+            (("train", "packing"),),
+        )
+    elif tokens is not None and tokens < train.max_length:
+        yield Contradiction(
+            ("train", "micro_batch_tokens"),
+            f"is {tokens}, less than train.max_length ({train.max_length}): the longest rows would not fit",
+            f"raise it to {train.max_length} or more, or lower train.max_length",
+            (("train", "max_length"),),
+        )
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.data.eval is not None:
+        return
+    wanting = [
+        (("train", "early_stopping_patience"), recipe.train.early_stopping_patience is not None),
+        (("train", "eval_steps"), recipe.train.eval_steps is not None),
+        (("eval", "metrics"), bool(recipe.eval.metrics)),
+        (("eval", "metric_for_best"), recipe.eval.metric_for_best is not None),
+    ]
+    for path, given in wanting:
+        if given:
+            fix = "set data.eval, for example to 0.1, or remove this key"
+            yield Contradiction(path, "needs held-out rows, and data.eval is null", fix, (("data", "eval"),))
+
+
+def _metrics(recipe: Recipe) -> Iterator[Contradiction]:
+    names = recipe.eval.metrics
+    for index, name in enumerate(names):
+        path = ("eval", "metrics")
+        if name in names[:index]:
+            yield Contradiction(path, f"names '{name}' twice", "keep one of them")
+        elif name.startswith(REGEX_METRIC):
+            problem = _regex_problem(name.removeprefix(REGEX_METRIC))
+            if problem:
+                yield Contradiction(path, f"holds '{name}', whose pattern is wrong: {problem}", "mend the expression")
+        elif name not in METRICS:
+            fix = did_you_mean(name, METRICS) or f"use any of {', '.join(METRICS)}, regex:PATTERN"
+            yield Contradiction(path, f"holds an unknown metric '{name}'", fix)
+    best = recipe.eval.metric_for_best
+    path, others = ("eval", "metric_for_best"), (("eval", "metrics"),)
+    if best is not None and best != LOSS and best not in names:
+        fix = did_you_mean(best, [LOSS, *names]) or f"add '{best}' to eval.metrics, or use loss"
+        yield Contradiction(path, f"is '{best}', which is not in eval.metrics", fix, others)
+    if recipe.eval.greater_is_better is not None and best is None:
+        fix = "set eval.metric_for_best, or remove this key"
+        yield Contradiction(("eval", "greater_is_better"), "says nothing without metric_for_best", fix, (path,))
+
+
+def _regex_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None

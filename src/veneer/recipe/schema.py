@@ -1,0 +1,228 @@
+"""The keys of a recipe: types, bounds, defaults and, in each ``description``, the one place that says what it does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+# The names that `veneer eval` and `eval.metrics` know; "regex:PATTERN" stands for a pattern of the user's own.
+METRICS = (
+    "exact_match",
+    "normalized_match",
+    "contains",
+    "number_match",
+    "json_valid",
+    "json_exact",
+    "json_fields",
+    "token_f1",
+    "rouge_l",
+    "perplexity",
+)
+REGEX_METRIC = "regex:"
+LOSS = "loss"  # what metric_for_best is when nothing else is asked for
+LOWER_IS_BETTER = (LOSS, "perplexity")
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Token = Annotated[int, Field(ge=0)]
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def _dtype(value: Any) -> Any:
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """TRL's habit: ``report_to: tensorboard`` is a list of one, ``report_to: none`` is an empty one."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
+class Section(BaseModel):
+    """What all parts share: unknown keys are errors, no value is converted unasked, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class AdapterRecipe(Section):
+    """Which layers get a LoRA update, and how large it is."""
+
+    r: Count = Field(default=16, description="rank of the update")
+    lora_alpha: Positive = Field(default=32.0, description="strength of the update; the scaling is lora_alpha / r")
+    lora_dropout: Beta = Field(default=0.0, description="dropout on the adapter's input while training")
+    target_modules: Text | Texts = Field(
+        default="all-linear",
+        description="all-linear, a list of module names, or one regular expression for whole module paths",
+    )
+    exclude_modules: Text | list[Text] | None = Field(
+        default=None, description="names or a regular expression that win over target_modules"
+    )
+    layers_to_transform: Token | list[Token] | None = Field(
+        default=None, description="only these layers, counted from 0"
+    )
+    rank_pattern: dict[str, Count] = Field(
+        default={}, description="another rank for modules whose path ends in a pattern"
+    )
+    alpha_pattern: dict[str, Positive] = Field(default={}, description="another lora_alpha, likewise")
+    use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
+        default=True, description="true (Kaiming), gaussian, orthogonal; false starts from a random update (for tests)"
+    )
+    modules_to_save: list[Text] | None = Field(default=None, description="modules that are trained and saved whole")
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
+        default=None, description="token ids whose embedding rows are trained"
+    )
+
+
+class DataRecipe(Section):
+    """What is learnt from, and what is held out."""
+
+    train: Text | Texts = Field(
+        description="a file (jsonl, json, csv, parquet, txt), a folder, a hub id, or a list of them"
+    )
+    eval: Share | Count | Text | Texts | None = Field(
+        default=0.1, description="held-out rows: a share of train, a number of its rows, files of their own, or null"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
+        default="auto", description="the shape of the rows; auto looks at the first row"
+    )
+    columns: dict[str, Text] | None = Field(
+        default=None, description="the file's column for each field, e.g. {prompt: question, completion: answer}"
+    )
+    train_on: Literal["all", "last", "prompt-too"] = Field(
+        default="all", description="which tokens are learnt: all assistant turns, the last one, or the prompt too"
+    )
+    max_rows: Count | None = Field(default=None, description="use only so many training rows")
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        default="truncate", description="what happens to a row longer than train.max_length"
+    )
+    chat_template: Text | None = Field(
+        default=None, description="a Jinja chat template, or a file that holds one; null is the model's own"
+    )
+    split_seed: int = Field(default=0, description="seed of the split into training and held-out rows")
+
+
+class TrainRecipe(Section):
+    """How long, how fast, in what batches."""
+
+    method: Literal["sft"] = Field(default="sft", description="the objective: supervised fine-tuning")
+    learning_rate: Positive = Field(default=2e-4, description="peak learning rate of AdamW")
+    num_train_epochs: Positive = Field(default=3.0, description="passes over the training rows")
+    max_steps: Count | None = Field(default=None, description="optimizer steps; wins over num_train_epochs")
+    per_device_train_batch_size: Count = Field(default=8, description="rows of one device in one accumulation step")
+    gradient_accumulation_steps: Count = Field(
+        default=1,
+        description="accumulation steps of one optimizer step: rows per step = both multiplied, times the processes",
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens of the longest row")
+    packing: bool = Field(
+        default=True, description="lay the rows of a step end to end without padding; the maths is the same"
+    )
+    micro_batch_tokens: Count | None = Field(
+        default=None, description="with packing: tokens of one forward pass, at least max_length; null picks by device"
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="the learning rate's course"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.03, description="share of the steps that warm up"
+    )
+    weight_decay: NotNegative = Field(default=0.01, description="AdamW's decoupled weight decay")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="clip the gradient to this norm; null does not clip"
+    )
+    adam_beta1: Beta = Field(default=0.9, description="decay of AdamW's mean")
+    adam_beta2: Beta = Field(default=0.999, description="decay of AdamW's variance")
+    adam_epsilon: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    neftune_noise_alpha: Positive | None = Field(
+        default=None, description="NEFTune noise on the embeddings; null is none"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="compute activations twice to keep fewer of them")
+    seed: int = Field(default=0, description="seed of the adapter's start, the order of rows, dropout and noise")
+    logging_steps: Count = Field(default=1, description="a line of metrics every so many steps")
+    save_steps: Count | None = Field(
+        default=None, description="a checkpoint every so many steps; null is once an epoch"
+    )
+    save_total_limit: Count | None = Field(
+        default=2, description="newest checkpoints to keep beside the best; null keeps all"
+    )
+    eval_steps: Count | None = Field(
+        default=None, description="an evaluation every so many steps; null is once an epoch"
+    )
+    early_stopping_patience: Count | None = Field(
+        default=None, description="stop after so many evaluations in a row without gain; null never stops early"
+    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], BeforeValidator(_listed)] = Field(
+        default=[], description="trackers that get the metrics too"
+    )
+
+
+class EvalRecipe(Section):
+    """How the held-out rows are judged."""
+
+    metrics: list[Text] = Field(default=[], description=f"any of {', '.join(METRICS)}, regex:PATTERN")
+    metric_for_best: Text | None = Field(
+        default=None, description="the metric that picks the best checkpoint and stops early; null is the held-out loss"
+    )
+    greater_is_better: bool | None = Field(
+        default=None, description="its direction; null knows it by the metric's name"
+    )
+    max_new_tokens: Count = Field(default=256, description="longest answer that is generated")
+    samples: Annotated[int, Field(ge=0)] = Field(default=3, description="answers shown at each evaluation")
+    max_rows: Count | None = Field(default=None, description="judge only so many held-out rows while training")
+
+
+class Recipe(Section):
+    """One fine-tuning run, whole."""
+
+    base: Text = Field(description="the base model: a hub id, a folder, a .gguf file, or smollm2-135m")
+    revision: Text | None = Field(default=None, description="the hub's branch, tag or commit")
+    quantize: Literal["none"] = Field(
+        default="none", description="storage of the base's weights; only none is available yet"
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype)] = Field(
+        default="auto", description="number format of the base; auto is bfloat16 where it is fast"
+    )
+    device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps")
+    adapter: AdapterRecipe = Field(default=AdapterRecipe(), description="the trained layer")
+    data: DataRecipe = Field(description="training and held-out rows")
+    train: TrainRecipe = Field(default=TrainRecipe(), description="the optimizer's work")
+    eval: EvalRecipe = Field(default=EvalRecipe(), description="how the result is judged")
+    output_dir: Text = Field(
+        default="runs/veneer", description="the run folder; by default runs/ and the recipe's file name"
+    )
+
+    @model_validator(mode="after")
+    def _no_contradictions(self, info: ValidationInfo) -> Recipe:
+        from veneer.recipe.checks import contradictions
+
+        if info.context is None or info.context.get("contradictions", True):
+            found = contradictions(self)
+            if found:
+                raise ValueError("; ".join(f"{'.'.join(c.path)} {c.what}" for c in found))
+        return self
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that picks the best checkpoint, and whether more of it is better."""
+        name = self.eval.metric_for_best or LOSS
+        greater = self.eval.greater_is_better
+        return name, (name not in LOWER_IS_BETTER) if greater is None else greater
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, JSON-able."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self, *, comments: bool = True) -> str:
+        """The recipe as YAML that :func:`load_recipe` reads back equal, each key followed by what it does."""
+        from veneer.recipe.reference import write_yaml
+
+        return write_yaml(self, comments=comments)
