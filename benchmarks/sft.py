@@ -1,0 +1,186 @@
+"""Supervised fine-tuning: Veneer against its peers, in turn, each in a process of its own.
+
+    python -m benchmarks.sft --peers trl [--json] [--steps 20] [--rows 160] [--data rows.jsonl]
+
+Everybody gets the same token ids, trained positions (the answers), order of rows, weights, start of the adapter (rank
+16, alpha 32, all linear layers), batch of 8 rows, learning rate, cosine schedule, dtype and number of threads.
+``trl`` is TRL's SFTTrainer with its defaults (gradient checkpointing on); ``trl-nockpt`` has checkpointing off;
+``peft-loop`` is a loop written by hand over PEFT.
+
+Speed counts real tokens, not padding, from the third step on: the first two warm up allocators and caches. Memory is
+the highest resident size of the whole process. "train s" is the wall time of the training call: all steps, with
+everything that the program does around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PEERS = ("trl", "trl-nockpt", "peft-loop")
+WARM_UP = 2
+SAME_CURVE = 0.02  # mean |difference| after the first step, as a share of the mean loss: bfloat16's rounding, not more
+
+
+def run(job: dict[str, Any], peers: list[str]) -> dict[str, Any]:
+    """Prepares, then runs Veneer and each peer; returns everything that was measured."""
+    folder = Path(job["folder"])
+    prepared = _child("prepare", job, folder)
+    job = {**job, "dtype": prepared["dtype"], "model_folder": prepared["model_folder"]}
+    examples = json.loads((folder / "examples.json").read_text())
+    lengths = [len(example["input_ids"]) for example in examples]
+    tokens = [sum(lengths[at : at + job["batch"]]) for at in range(0, len(lengths), job["batch"])]
+    results = {name: _figures(_child(name, job, folder), tokens) for name in ["veneer", *peers]}
+    ours = results["veneer"]
+    for name in peers:
+        theirs = results[name]
+        theirs["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        theirs["memory_ratio"] = ours["peak_rss_gb"] / theirs["peak_rss_gb"]
+        theirs["curve"] = compare_curves(ours, theirs)
+    settings = {
+        key: job[key] for key in ("base", "steps", "batch", "learning_rate", "seed", "dtype", "max_length", "threads")
+    }
+    packages = ("veneer", "torch", "transformers", "peft", "trl")
+    return {
+        "settings": {**settings, "data": job["label"], "rows": prepared["rows"], "tokens": sum(tokens)},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "warm_up_steps": WARM_UP,
+        "results": results,
+    }
+
+
+def compare_curves(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Whether two loss curves are the same but for rounding, and whether the learning rates were the same."""
+    pairs = list(zip(ours["losses"], theirs["losses"], strict=True))
+    after_first = pairs[1:]
+    difference = sum(abs(a - b) for a, b in after_first) / len(after_first)
+    mean = sum(a for a, _ in after_first) / len(after_first)
+    rates = zip(ours["learning_rates"], theirs["learning_rates"], strict=True)
+    return {
+        "first_difference": abs(pairs[0][0] - pairs[0][1]),
+        "mean_difference": difference,
+        "relative": difference / mean,
+        "agrees": difference <= SAME_CURVE * mean,
+        "same_learning_rates": all(abs(a - b) <= 1e-9 for a, b in rates),
+    }
+
+
+def _figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+    steady = sum(result["seconds"][WARM_UP:])
+    return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / steady}
+
+
+def _child(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs one contestant; this process stays small, because a child's peak begins at its parent's size."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    job_path, result_path = folder / f"{name}.job.json", folder / f"{name}.result.json"
+    job_path.write_text(json.dumps(job))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "benchmarks.contestants", name, str(job_path), str(result_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr or done.stdout}")
+    result: dict[str, Any] = json.loads(result_path.read_text())
+    return result
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as plain text: one line per program, then the loss curves side by side."""
+    results, settings = report["results"], report["settings"]
+    lines = [
+        f"{settings['base']}, {settings['dtype']}, {settings['threads']} threads, batch {settings['batch']}, "
+        f"{settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens); "
+        f"speed from step {report['warm_up_steps'] + 1} on",
+        "",
+        f"{'':12} {'tokens/s':>9} {'peak GB':>8} {'train s':>8}   Veneer is",
+    ]
+    for name, result in results.items():
+        line = (
+            f"{name:12} {result['tokens_per_second']:9.0f} {result['peak_rss_gb']:8.2f} {result['train_seconds']:8.1f}"
+        )
+        if name != "veneer":
+            line += f"   {result['speed_ratio']:.2f} x as fast, with {result['memory_ratio']:.2f} x the memory"
+        lines.append(line)
+    lines += ["", "loss   " + " ".join(f"{name:>10}" for name in results)]
+    for step, losses in enumerate(zip(*(result["losses"] for result in results.values()), strict=True), start=1):
+        lines.append(f"{step:5}  " + " ".join(f"{loss:10.4f}" for loss in losses))
+    lines.append("")
+    for name, result in results.items():
+        if name != "veneer":
+            curve = result["curve"]
+            verdict = "the same within noise" if curve["agrees"] else "DIFFERENT"
+            rates = "" if curve["same_learning_rates"] else "; the learning rates DIFFER"
+            lines.append(
+                f"curve of veneer and {name}: {verdict} (mean |difference| after step 1: {curve['mean_difference']:.4f} "
+                f"= {100 * curve['relative']:.2f} % of the loss; at step 1: {curve['first_difference']:.4f}){rates}"
+            )
+    return "\n".join(lines)
+
+
+def demo_rows(count: int, path: Path) -> None:
+    """Rows of the demo's task, for machines that have no data at hand."""
+    from veneer.demo import generate_rows
+
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in generate_rows(count)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def first_rows(source: Path, count: int, path: Path) -> None:
+    """The first ``count`` rows of a JSONL file."""
+    with open(source, encoding="utf-8") as file:
+        lines = [line for line, _ in zip(file, range(count))]
+    if len(lines) < count:
+        raise SystemExit(f"{source} has only {len(lines)} rows; choose --rows accordingly")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sft", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peers", default="trl", help=f"comma-separated: {', '.join(PEERS)}; or none")
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=160, help="how many rows of the data to use")
+    parser.add_argument("--data", type=Path, help="JSONL with prompt and answer; default: rows of the demo's task")
+    parser.add_argument(
+        "--base", default="smollm2-135m", help="the bundled model, or a folder of Hugging Face's format"
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    peers = [] if options.peers == "none" else options.peers.split(",")
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        parser.error(f"unknown peer '{unknown[0]}'; use some of {', '.join(PEERS)}, or none")
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}: the first {WARM_UP} are not timed")
+    if options.rows % options.batch:
+        parser.error("--rows must be a multiple of --batch, so that every step has a full batch")
+    with tempfile.TemporaryDirectory(prefix="veneer-benchmark-") as folder:
+        rows = Path(folder) / "rows.jsonl"
+        if options.data is None:
+            demo_rows(options.rows, rows)
+        else:
+            first_rows(options.data, options.rows, rows)
+        job = {
+            **{key: getattr(options, key) for key in ("steps", "base", "dtype", "batch", "learning_rate", "seed")},
+            **{key: getattr(options, key) for key in ("max_length", "threads")},
+            "rows": str(rows),
+            "label": "the demo's task" if options.data is None else options.data.name,
+            "folder": folder,
+        }
+        report = run(job, peers)
+    print(json.dumps(report, indent=2) if options.json else table(report))
+
+
+if __name__ == "__main__":
+    main()
