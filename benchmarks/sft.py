@@ -118,7 +118,8 @@ def table(report: dict[str, Any]) -> str:
             verdict = "the same within noise" if curve["agrees"] else "DIFFERENT"
             rates = "" if curve["same_learning_rates"] else "; the learning rates DIFFER"
             lines.append(
-                f"curve of veneer and {name}: {verdict} (mean |difference| after step 1: {curve['mean_difference']:.4f} "
+                f"curve of veneer and {name}: {verdict} (mean |difference| after step 1: "
+                f"{curve['mean_difference']:.4f} "
                 f"= {100 * curve['relative']:.2f} % of the loss; at step 1: {curve['first_difference']:.4f}){rates}"
             )
     return "\n".join(lines)
