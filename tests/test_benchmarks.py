@@ -1,0 +1,67 @@
+"""What the benchmark concludes from its measurements; the measuring itself is no test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.sft import compare_curves, first_rows, table
+
+ROOT = Path(__file__).parents[1]
+RATES = [1e-3, 5e-4, 0.0]
+
+
+def curve(losses: list[float], rates: list[float] = RATES) -> dict[str, object]:
+    return {"losses": losses, "learning_rates": rates}
+
+
+def test_curves_that_differ_by_rounding_agree() -> None:
+    found = compare_curves(curve([3.0, 2.0, 1.0]), curve([3.01, 2.01, 0.99]))
+    assert found["agrees"]
+    assert found["same_learning_rates"]
+    assert found["first_difference"] == pytest.approx(0.01)
+    assert found["mean_difference"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("losses", [[3.0, 2.2, 1.2], [3.0, 2.0, 1.3], [3.0, 3.0, 3.0]])
+def test_curves_that_differ_by_more_do_not(losses: list[float]) -> None:
+    assert not compare_curves(curve([3.0, 2.0, 1.0]), curve(losses))["agrees"]
+
+
+def test_another_learning_rate_in_one_step_is_seen() -> None:
+    found = compare_curves(curve([3.0, 2.0, 1.0]), curve([3.0, 2.0, 1.0], [1e-3, 6e-4, 0.0]))
+    assert not found["same_learning_rates"]
+
+
+def test_the_table_has_ratios_both_curves_and_the_verdict() -> None:
+    ours = {"tokens_per_second": 600.0, "peak_rss_gb": 1.0, "train_seconds": 10.0, **curve([3.0, 2.0, 1.0])}
+    theirs = {"tokens_per_second": 150.0, "peak_rss_gb": 4.0, "train_seconds": 40.0, **curve([3.0, 2.5, 1.0])}
+    theirs |= {"speed_ratio": 4.0, "memory_ratio": 0.25, "curve": compare_curves(ours, theirs)}
+    told = {"base": "b", "dtype": "float32", "threads": 2, "batch": 8, "steps": 3, "data": "d", "tokens": 1}
+    text = table({"settings": told, "warm_up_steps": 2, "results": {"veneer": ours, "trl": theirs}})
+    for part in ("4.00 x as fast", "0.25 x the memory", "2.0000     2.5000", "DIFFERENT", "from step 3 on"):
+        assert part in text
+
+
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(SystemExit, match="only 3 rows"):
+        first_rows(source, 8, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "axolotl"], "unknown peer"),
+        (["--steps", "2"], "must be more than 2"),
+        (["--rows", "10"], "multiple of --batch"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.sft", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr
