@@ -1,0 +1,96 @@
+"""What an adapter covers, as a table to look at before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from veneer.adapters.slots import base_modules
+from veneer.adapters.targets import Plan, kind_of
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One kind of module."""
+
+    module: str  # last name of the path, as in q_proj
+    layer: str  # class name
+    how: str  # "lora r=16", "rows", "whole", or "" where nothing is adapted
+    matched: int
+    total: int
+    parameters: int  # trained
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The kinds of modules of a base, and how many of each an adapter changes."""
+
+    rows: tuple[CoverageRow, ...]
+    base_parameters: int
+    unmatched: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters."""
+        return sum(row.parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        table = [("module", "layer", "adapted", "how", "trained parameters")]
+        table += [(r.module, r.layer, f"{r.matched}/{r.total}", r.how or "-", f"{r.parameters:,}") for r in self.rows]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if column in (2, 4) else cell.ljust(w)
+                for column, (cell, w) in enumerate(zip(line, widths))
+            )
+            for line in table
+        ]
+        share = 100 * self.parameters / max(self.base_parameters, 1)
+        lines.append(f"{self.parameters:,} trained parameters, {share:.2f} % of the base's {self.base_parameters:,}")
+        lines += [f"note: {entry}" for entry in self.unmatched]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def coverage(root: nn.Module, plan: Plan) -> Coverage:
+    """The table of ``plan`` over ``root``: every kind of linear layer, and what else is trained."""
+    modules = base_modules(root)
+    how: dict[str, tuple[str, int]] = {}
+    for target in plan.lora:
+        how[target.path] = (f"lora r={target.r}", target.r * sum(_shape(modules[target.path])))
+    for tokens in plan.tokens:
+        rows, width = len(tokens.token_ids), _shape(modules[tokens.path])[1]
+        how[tokens.path] = (f"{rows} rows (tied)", 0) if tokens.tied_to else (f"{rows} rows", rows * width)
+    for path in plan.saved:
+        how[path] = ("whole", sum(p.numel() for p in modules[path].parameters()))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, module in modules.items():
+        if path in how or kind_of(module) in ("linear", "conv1d"):
+            groups.setdefault((_family(path), type(module).__name__), []).append(path)
+    table = tuple(
+        CoverageRow(
+            module=name,
+            layer=layer,
+            how=", ".join(sorted({how[path][0] for path in paths if path in how})),
+            matched=sum(path in how for path in paths),
+            total=len(paths),
+            parameters=sum(how[path][1] for path in paths if path in how),
+        )
+        for (name, layer), paths in groups.items()
+    )
+    base_parameters = sum(
+        {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}.values()
+    )
+    return Coverage(table, base_parameters, plan.unmatched)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
+
+
+def _family(path: str) -> str:
+    """The last name of the path; a number stands for its whole list."""
+    parent, _, last = path.rpartition(".")
+    return f"{parent.rpartition('.')[2]}.*".lstrip(".") if last.isdigit() else last

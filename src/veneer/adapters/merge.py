@@ -1,0 +1,160 @@
+"""Folding an adapter into the base's weights, and measuring what that does to the outputs.
+
+``W' = round(float32(W) + s B A)``: summed in float32, rounded to the base's dtype once.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.adapters.model import AdaptedModel
+from veneer.adapters.slots import places, slots
+from veneer.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far the merged model's predictions are from the adapted model's, on given tokens."""
+
+    max_abs_logit_difference: float
+    mean_kl: float  # nats per position, KL(adapted || merged)
+    top1_agreement: float  # share of positions with the same most likely token
+    positions: int
+    dtype: str  # of the merged weights
+
+    def __str__(self) -> str:
+        return (
+            f"merged in {self.dtype}: over {self.positions} positions the largest logit difference is "
+            f"{self.max_abs_logit_difference:.3g}, the mean KL {self.mean_kl:.3g} nats, "
+            f"the same first choice in {100 * self.top1_agreement:.2f} %"
+        )
+
+
+@torch.no_grad()
+def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
+    """A plain module whose weights hold an adapter (by default: all that are in use).
+
+    The adapted model stays as it is. Tensors that the adapter does not change are shared with the base, not copied.
+    Where an embedding and a head that share one matrix come out different, they are untied, and the config says so.
+
+    Raises:
+        AdapterError: no such adapter; a merged weight is not finite (NaN, or too large for the base's dtype); a matrix
+            that modules share, other than embedding and head, would come out different in two places.
+    """
+    names = adapted.active_names if name is None else (name,)
+    for entry in names or (None,):
+        adapted.named_parameters(entry)  # raises where there is no such adapter
+    # The structure is copied, the tensors are not: the memo says that each tensor is its own copy.
+    tensors = [*adapted.module.parameters(), *adapted.module.buffers()]
+    merged: nn.Module = copy.deepcopy(adapted.module, {id(tensor): tensor for tensor in tensors})
+    hanging, found = places(merged), list(slots(merged))
+    changes = [slot.merged(names) for _, slot in found]
+    for (path, _), change in zip(found, changes):
+        for key, tensor in change.items():
+            if not tensor.isfinite().all():
+                raise AdapterError(
+                    f"the merged weight is not finite in {tensor.dtype}",
+                    where=f"{path}.{key}",
+                    fix="check the adapter's training for NaN, or load the base in bfloat16 or float32",
+                )
+    for _, slot in found:
+        for parent, attribute in hanging[id(slot)]:
+            setattr(parent, attribute, slot.base_layer)
+    ties = _ties(merged)
+    made: dict[int, list[nn.Parameter]] = {}
+    for (_, slot), change in zip(found, changes):
+        for key, tensor in change.items():
+            _replace(slot.base_layer, key, tensor, made)
+    _settle(merged, ties)
+    return merged
+
+
+@torch.no_grad()
+def merge_report(
+    adapted: AdaptedModel, merged: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> MergeReport:
+    """Runs both models on the same tokens and compares their logits in float32.
+
+    Args:
+        adapted: with the adapters in use that were merged.
+        merged: what :func:`merge` returned.
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]``, zero where a position does not count.
+    """
+    before, after = _logits(adapted.module, input_ids, attention_mask), _logits(merged, input_ids, attention_mask)
+    if attention_mask is not None:
+        before, after = before[attention_mask.bool()], after[attention_mask.bool()]
+    before, after = before.flatten(0, -2), after.flatten(0, -2)
+    p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
+    return MergeReport(
+        max_abs_logit_difference=float((before - after).abs().max()),
+        mean_kl=float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()),
+        top1_agreement=float((before.argmax(-1) == after.argmax(-1)).float().mean()),
+        positions=len(before),
+        dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+def _logits(module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[B, T, V]`` float32, in evaluation mode."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        output: Any = module(input_ids) if attention_mask is None else module(input_ids, attention_mask=attention_mask)
+    finally:
+        for m in training:
+            m.training = True
+    logits: Tensor = getattr(output, "logits", output)
+    return logits.float()
+
+
+def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The parameters that hang in more than one place, with their places."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((owner, key))
+    return [owners for owners in found.values() if len(owners) > 1]
+
+
+def _replace(layer: nn.Module, key: str, tensor: Tensor, made: dict[int, list[nn.Parameter]]) -> None:
+    """Puts ``tensor`` at ``key`` of ``layer``. Places that shared a parameter share the new one too, if it is equal."""
+    path, _, attribute = key.rpartition(".")
+    owner = layer.get_submodule(path)
+    old = owner._parameters.get(attribute)
+    if old is None:
+        owner._buffers[attribute] = tensor.clone()
+        return
+    alternatives = made.setdefault(id(old), [])
+    new = next((p for p in alternatives if torch.equal(p, tensor)), None)
+    if new is None:
+        new = nn.Parameter(tensor.clone(), requires_grad=False)
+        alternatives.append(new)
+    owner._parameters[attribute] = new
+
+
+def _settle(merged: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
+    """Makes the config tell the truth about embedding and head; refuses other ties that would come apart."""
+    for owners in ties:
+        if len({id(owner._parameters[key]) for owner, key in owners}) == 1:
+            continue
+        if not all(isinstance(owner, nn.Embedding | nn.Linear) for owner, _ in owners) or not any(
+            isinstance(owner, nn.Embedding) for owner, _ in owners
+        ):
+            kinds = ", ".join(type(owner).__name__ for owner, _ in owners)
+            raise AdapterError(
+                f"modules that share one parameter ({kinds}) would come out different",
+                where="merge",
+                fix="keep the adapter apart, or adapt all of them or none",
+            )
+        config: Any = getattr(merged, "config", None)
+        for part in [config, *getattr(config, "__dict__", {}).values()]:
+            if getattr(part, "tie_word_embeddings", None):
+                part.tie_word_embeddings = False

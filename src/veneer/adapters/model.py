@@ -1,0 +1,327 @@
+"""Adapters on a model: attach, name, switch, take off.
+
+:class:`AdaptedModel` is the handle; the model's own layers are swapped in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.config import LoraConfig
+from veneer.adapters.coverage import Coverage, coverage
+from veneer.adapters.init import init_embedding, init_linear
+from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
+from veneer.adapters.saved import SavedModule
+from veneer.adapters.slots import SLOTS, Slot, base_modules, places
+from veneer.adapters.targets import Plan, inside, resolve
+from veneer.adapters.tokens import TokenEmbedding, TokenHead, TokenRows
+from veneer.errors import AdapterError, did_you_mean
+
+KEY_PREFIX = "base_model.model."
+S = TypeVar("S", LoraLinear, LoraEmbedding, TokenEmbedding, TokenHead, SavedModule)
+
+
+class IdentityLike(Protocol):
+    """Which base it is; recorded beside every adapter."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def weight_hash(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class BaseLike(Protocol):
+    """A loaded base model: a module that knows which base it is."""
+
+    @property
+    def module(self) -> Any: ...
+    @property
+    def identity(self) -> Any: ...
+
+
+def attach(
+    target: nn.Module | BaseLike, config: LoraConfig, *, name: str = "default", seed: int | None = None
+) -> AdaptedModel:
+    """Freezes ``target`` and puts a fresh adapter on it, active and ready to train.
+
+    Args:
+        target: any module, or a base that knows its identity.
+        config: is read and never changed.
+        seed: of the adapter's start; without one, drawn from torch's generator.
+
+    Raises:
+        AdapterError: an entry of the config matches nothing; the module has adapters already. Nothing is changed then.
+    """
+    adapted = AdaptedModel(target)
+    adapted.add(config, name, seed=seed)
+    adapted.use(name)
+    return adapted
+
+
+class AdaptedModel:
+    """A base with named adapters, at most one of which is trained.
+
+    Attributes:
+        module: the model itself, to be called as before.
+        base: what :func:`attach` got, where it was more than a module.
+        configs: each adapter's config, by name.
+        active: the adapter that acts and is trained, or None.
+    """
+
+    def __init__(self, target: nn.Module | BaseLike) -> None:
+        self.base: BaseLike | None = None
+        module: Any = target
+        if not isinstance(target, nn.Module):
+            self.base, module = target, target.module
+        self.module: nn.Module = module
+        self.configs: dict[str, LoraConfig] = {}
+        self.plans: dict[str, Plan] = {}
+        self._slots: dict[str, Slot] = {}  # by path in the base, in the order of its modules
+        self._names: tuple[str, ...] = ()  # adapters in use; the first one is trained
+        self._off = 0  # depth of disabled()
+        for path, module in self.module.named_modules():
+            if isinstance(module, SLOTS) or type(module).__module__.startswith("peft."):
+                fix = "add another one with adapted.add(...), or take the first off with detach()"
+                raise AdapterError("this model has adapters already", where=path or type(module).__name__, fix=fix)
+        self._trained_before: list[tuple[nn.Parameter, bool]] = []
+
+    @property
+    def active(self) -> str | None:
+        return self._names[0] if self._names else None
+
+    @property
+    def active_names(self) -> tuple[str, ...]:
+        """All adapters that act, the trained one first."""
+        return self._names
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the active adapter covers; ``print`` it."""
+        return coverage(self.module, self.plans[self._known(None)])
+
+    def add(self, config: LoraConfig, name: str = "default", seed: int | None = None) -> None:
+        """One more adapter, fresh; not in use yet.
+
+        Raises:
+            AdapterError: the name is taken or cannot be a name; the config does not fit the base or the adapters on it.
+        """
+        plan = resolve(self.module, config)
+        self.install(name, config, plan)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        for target in plan.lora:
+            slot = self._slots[target.path]
+            adapter = slot.adapters[name]
+            assert isinstance(adapter, LoraAdapter)
+            fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
+            fill(adapter.A, adapter.B, config.init_lora_weights, seed, KEY_PREFIX + target.path)
+
+    def install(self, name: str, config: LoraConfig, plan: Plan) -> None:
+        """Places the adapter that ``plan`` describes, with zero factors. All is checked before anything is changed."""
+        self._check_name(name)
+        modules, hanging = base_modules(self.module), places(self.module)
+        self._check_places(plan, modules)
+        if not self.configs:
+            self._trained_before = [(p, p.requires_grad) for p in self.module.parameters()]
+            self.module.requires_grad_(False)
+
+        def slot_at(path: str, kind: type[S], **options: bool) -> S:
+            """The slot at ``path``, put in place (wherever the module hangs) if there is none."""
+            slot = self._slots.get(path)
+            if slot is None:
+                module = modules[path]
+                slot = kind(module, **options)  # type: ignore[arg-type]  # _check_places has seen that the kinds fit
+                slot.train(module.training)
+                for parent, attribute in hanging[id(module)]:
+                    setattr(parent, attribute, slot)
+                self._slots[path] = slot
+            assert isinstance(slot, kind)
+            return slot
+
+        for target in plan.lora:
+            scaling = config.scaling(target.r, target.lora_alpha)
+            if target.kind == "embedding":
+                slot_at(target.path, LoraEmbedding).add(name, target.r, scaling, config.lora_dropout)
+            else:
+                linear = slot_at(target.path, LoraLinear, transposed=target.kind == "conv1d")
+                linear.add(name, target.r, scaling, config.lora_dropout)
+        # Embeddings first: a tied head reads their rows.
+        for token in sorted(plan.tokens, key=lambda token: token.tied_to is not None):
+            if isinstance(modules[token.path], nn.Embedding):
+                slot_at(token.path, TokenEmbedding).add(name, token.token_ids)
+            elif token.tied_to is None:
+                slot_at(token.path, TokenHead).add(name, token.token_ids)
+            else:
+                rows = self._slots[token.tied_to].adapters[name]
+                assert isinstance(rows, TokenRows)
+                slot_at(token.path, TokenHead).follow(name, rows)
+        for path in plan.saved:
+            slot_at(path, SavedModule).add(name)
+        order = {path: index for index, path in enumerate(modules)}
+        self._slots = dict(sorted(self._slots.items(), key=lambda item: order[item[0]]))
+        self.configs[name], self.plans[name] = config, plan
+        self._refresh()
+
+    def use(self, name: str, *more: str) -> None:
+        """Makes ``name`` the adapter that acts and is trained; ``more`` act too (their updates add up) and stay frozen.
+
+        Raises:
+            AdapterError: an unknown adapter, or two that replace the same module or the same token rows.
+        """
+        names = tuple(dict.fromkeys(self._known(n) for n in (name, *more)))
+        for path, slot in self._slots.items():
+            here = [n for n in names if n in slot.adapters]
+            if isinstance(slot, SavedModule) and len(here) > 1:
+                raise AdapterError(f"adapters {here} both replace this module", where=path, fix="use one of them")
+            if isinstance(slot, (TokenEmbedding, TokenHead)):
+                ids = [i for n in here for i in slot.adapters[n].ids.tolist()]  # type: ignore[operator]  # untyped
+                if len(ids) != len(set(ids)):
+                    raise AdapterError(
+                        f"adapters {here} replace the same token rows", where=path, fix="use one of them"
+                    )
+        self._names = names
+        self._refresh()
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model is the base, bit for bit. It nests; what was in use comes back, also after an error."""
+        self._off += 1
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._off -= 1
+            self._refresh()
+
+    def named_parameters(self, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters of an adapter (the active one) in a fixed order, by their keys in PEFT's file."""
+        tensors = self._tensors(self._known(name)).items()
+        return [(key, t) for key, t in tensors if isinstance(t, nn.Parameter) and t.is_floating_point()]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the active adapter, in the order of :meth:`named_parameters`."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def trainable_count(self) -> int:
+        """How many numbers the active adapter trains."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state(self, name: str | None = None) -> dict[str, Tensor]:
+        """A copy of an adapter's tensors (the active one's), by their keys in PEFT's file."""
+        return {key: tensor.detach().clone() for key, tensor in self._tensors(self._known(name)).items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor], name: str | None = None, *, where: str = "adapter state") -> None:
+        """Fills an adapter (the active one) from :meth:`state` or a file, in place. All is checked before a write.
+
+        Raises:
+            AdapterError: a key is missing, unknown or of another shape, or a value is not finite.
+        """
+        tensors = self._tensors(self._known(name))
+        missing, extra = [k for k in tensors if k not in state], [k for k in state if k not in tensors]
+        for kind, keys, others in (("unknown", extra, missing or tensors), ("missing", missing, extra)):
+            if keys:
+                close = did_you_mean(keys[0], others)
+                count = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                fix = close or "this is another base, or another config than the adapter was made with"
+                raise AdapterError(f"{kind} tensor '{keys[0]}'{count}", where=where, fix=fix)
+        for key, tensor in tensors.items():
+            if state[key].shape != tensor.shape:
+                raise AdapterError(
+                    f"tensor '{key}' is {list(state[key].shape)}, but {list(tensor.shape)} is expected",
+                    where=where,
+                    fix="this is another base, or another rank than the adapter was made with",
+                )
+            if not state[key].isfinite().all():
+                raise AdapterError(f"tensor '{key}' has NaN or Inf in it", where=where, fix="use an earlier checkpoint")
+        for key, tensor in tensors.items():
+            tensor.copy_(state[key])
+
+    def save(self, folder: str | Path, name: str | None = None, extra: Mapping[str, Any] | None = None) -> Path:
+        """Writes an adapter (the active one) as :func:`veneer.adapters.save.save_adapter` does."""
+        from veneer.adapters.save import save_adapter
+
+        return save_adapter(self, folder, name=name, extra=extra)
+
+    def remove(self, name: str) -> None:
+        """Takes one adapter off. Layers without adapters are the base's own again."""
+        name = self._known(name)
+        self._names = tuple(n for n in self._names if n != name)
+        where = places(self.module)
+        for path, slot in list(self._slots.items()):
+            if name in slot.adapters:
+                del slot.adapters[name]
+            if isinstance(slot, TokenHead):
+                slot.followed.discard(name)
+            if not slot.adapters:
+                for parent, attribute in where[id(slot)]:
+                    setattr(parent, attribute, slot.base_layer)
+                del self._slots[path]
+        del self.configs[name], self.plans[name]
+        self._refresh()
+
+    def detach(self) -> nn.Module:
+        """Takes all adapters off and returns the base as it was, bit for bit. The handle holds nothing afterwards."""
+        for name in list(self.configs):
+            self.remove(name)
+        for parameter, trained in self._trained_before:
+            parameter.requires_grad_(trained)
+        self._trained_before = []
+        return self.module
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return {
+            f"{KEY_PREFIX}{path}.{end}": tensor
+            for path, slot in self._slots.items()
+            for end, tensor in slot.tensors(name).items()
+        }
+
+    def _refresh(self) -> None:
+        """Tells every layer which adapters act, and torch which one is trained."""
+        for slot in self._slots.values():
+            slot.active = () if self._off else tuple(name for name in self._names if name in slot.adapters)
+            for name, adapter in slot.adapters.items():
+                for parameter in adapter.parameters():
+                    parameter.requires_grad_(name == self.active and parameter.is_floating_point())
+
+    def _known(self, name: str | None) -> str:
+        if name is None:
+            name = self.active
+            if name is None:
+                raise AdapterError("no adapter is in use", fix="attach one, or choose one with use(name)")
+        if name not in self.configs:
+            fix = did_you_mean(name, self.configs) or f"there are: {', '.join(self.configs) or 'none'}"
+            raise AdapterError(f"there is no adapter '{name}'", where="AdaptedModel", fix=fix)
+        return name
+
+    def _check_name(self, name: str) -> None:
+        if name in self.configs:
+            raise AdapterError(f"there is an adapter '{name}' already", fix="give this one another name")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+            raise AdapterError(f"'{name}' cannot be an adapter's name", fix="use letters, digits, - and _")
+
+    def _check_places(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+        """Layers of different kinds do not nest, whichever adapters they belong to."""
+        kinds: dict[str, type[Slot]] = {}
+        for target in plan.lora:
+            kinds[target.path] = LoraEmbedding if target.kind == "embedding" else LoraLinear
+        for token in plan.tokens:
+            kinds[token.path] = TokenEmbedding if isinstance(modules[token.path], nn.Embedding) else TokenHead
+        kinds.update(dict.fromkeys(plan.saved, SavedModule))
+        fix = "give both adapters the same kind of change there, or take the other one off first"
+        for path, kind in kinds.items():
+            for other, slot in self._slots.items():
+                apart = path != other and not inside(path, (other,)) and not inside(other, (path,))
+                if not apart and not (path == other and isinstance(slot, kind)):
+                    names = ", ".join(slot.adapters)
+                    raise AdapterError(f"adapter '{names}' changes this module in another way", where=other, fix=fix)

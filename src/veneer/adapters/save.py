@@ -1,0 +1,203 @@
+"""An adapter on disk, in PEFT's format, and back: strict both ways, same adapter same bytes, never a pickle.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's), and ``veneer.json`` (which base the
+adapter belongs to; PEFT does not read it). Keys are ``base_model.model.<path>.<tensor>``, without the adapter's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import veneer
+from veneer.adapters.config import ALL_LINEAR, LoraConfig
+from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike
+from veneer.adapters.slots import base_modules
+from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve
+from veneer.errors import AdapterError, StorageError
+from veneer.files import atomic_folder, write_json
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
+_OURS = {CONFIG, WEIGHTS, RECORD, "README.md"}
+
+
+def save_adapter(
+    adapted: AdaptedModel, folder: str | Path, *, name: str | None = None, extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes an adapter (the active one) as a folder that is whole or absent.
+
+    Args:
+        extra: JSON-able notes for ``veneer.json``, beside the base's identity and Veneer's version.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: no such adapter. StorageError: the folder holds something else, or cannot be written.
+    """
+    tensors = {key: value.cpu().contiguous() for key, value in adapted.state(name).items()}
+    target = Path(folder)
+    if target.is_dir():
+        strangers = sorted(set(os.listdir(target)) - _OURS)
+        if strangers:
+            # The folder is replaced as a whole: whatever else lies in it would be lost.
+            what = f"the folder holds other files ({', '.join(strangers[:3])})"
+            raise StorageError(what, where=str(target), fix="save the adapter in a folder of its own")
+    identity = None if adapted.base is None else adapted.base.identity.to_dict()
+    record = {**(extra or {}), "base": identity, "veneer_version": veneer.__version__}
+    with atomic_folder(target) as temporary:
+        write_json(temporary / CONFIG, _file_config(adapted, name))
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        # safetensors creates its file for the owner alone, whatever the umask says.
+        os.chmod(temporary / WEIGHTS, (temporary / CONFIG).stat().st_mode & 0o777)
+        write_json(temporary / RECORD, record)
+    return target
+
+
+def load_adapter(
+    target: nn.Module | BaseLike | AdaptedModel,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    allow_base_mismatch: bool = False,
+) -> AdaptedModel:
+    """Puts a saved adapter on a base and makes it the active one.
+
+    Every tensor of the file is used and every tensor that the config asks for is in the file, else nothing is changed.
+
+    Args:
+        target: a module, a base, or an adapted model that gets one more adapter.
+        folder: written by Veneer or by PEFT.
+        allow_base_mismatch: load even where the file was trained on a base with other weights.
+
+    Raises:
+        AdapterError: a file is missing, broken or a pickle; it belongs to another base; a tensor does not fit.
+    """
+    folder = Path(folder)
+    config, tensors = read_adapter(folder)
+    adapted = target if isinstance(target, AdaptedModel) else AdaptedModel(target)
+    if adapted.base is not None and not allow_base_mismatch:
+        _check_base(folder, adapted.base.identity)
+    where = str(folder / WEIGHTS)
+    plan = resolve(adapted.module, config, from_file=True)
+    tensors = _without_base_copies(adapted.module, plan, tensors, where)
+    before = adapted.active_names
+    adapted.install(name, config, plan)
+    try:
+        adapted.load_state(tensors, name, where=where)
+        adapted.use(name)
+    except BaseException:
+        adapted.remove(name)
+        if before:
+            adapted.use(*before)
+        elif not adapted.configs:
+            adapted.detach()
+        raise
+    return adapted
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and the tensors (on the CPU, by key) of an adapter folder, without a model.
+
+    Raises:
+        AdapterError: a file is missing, broken or a pickle, or its config is not supported.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        what = "there is no adapter here" if folder.is_dir() else "there is no such folder"
+        raise AdapterError(what, where=str(folder), fix=f"give the folder that holds {CONFIG}")
+    config = LoraConfig.from_dict(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                "the weights are a pickle, which can run code when it is read",
+                where=str(folder / "adapter_model.bin"),
+                fix=f"convert it where you trust it: load it with PEFT and save it again, which writes {WEIGHTS}",
+            )
+        raise AdapterError("the weights are missing", where=str(path), fix="copy the whole adapter folder")
+    try:
+        return config, load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        fix = "the file is cut off or damaged: copy it again, or use another checkpoint"
+        raise AdapterError(f"cannot read the weights: {error}", where=str(path), fix=fix) from error
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What ``veneer.json`` says of an adapter folder; empty where another program wrote it."""
+    path = Path(folder) / RECORD
+    return _read_json(path) if path.is_file() else {}
+
+
+def _file_config(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
+    name = name or adapted.active
+    assert name is not None  # state() has checked it
+    config, plan, module = adapted.configs[name], adapted.plans[name], adapted.module
+    data = config.to_dict()
+    if config.target_modules == ALL_LINEAR:
+        # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant.
+        data["target_modules"] = compact_targets(module, config, plan)
+    # Whole paths mean the same to PEFT, which would take 'norm' for every module whose name ends in it.
+    data["modules_to_save"] = sorted(plan.saved) or None
+    if isinstance(config.trainable_token_indices, Mapping):
+        data["trainable_token_indices"] = {t.path: list(t.token_ids) for t in plan.tokens if t.tied_to is None}
+    data["fan_in_fan_out"] = any(target.kind == "conv1d" for target in plan.lora)
+    if config.task_type is None and type(module).__name__.endswith("ForCausalLM"):
+        data["task_type"] = "CAUSAL_LM"
+    identity = None if adapted.base is None else adapted.base.identity
+    data["base_model_name_or_path"] = None if identity is None else identity.name
+    data["revision"] = None if identity is None else identity.revision
+    return data
+
+
+def _check_base(folder: Path, identity: Any) -> None:
+    recorded = read_record(folder).get("base") or {}
+    expected, actual = recorded.get("weight_hash"), identity.weight_hash
+    if expected and actual and expected != actual:
+        raise AdapterError(
+            f"the adapter was trained on '{recorded.get('name')}' with weights {expected}, "
+            f"but this base is '{identity.name}' with weights {actual}",
+            where=str(folder / RECORD),
+            fix="load the adapter's own base, or pass --allow-base-mismatch (allow_base_mismatch=True)",
+        )
+
+
+def _without_base_copies(module: nn.Module, plan: Plan, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """PEFT adds an embedding's or head's whole matrix when one is targeted. It may go only if it is the base's own."""
+    modules = base_modules(module)
+    heads = output_heads(modules)
+    kept = dict(tensors)
+    for key in tensors:
+        path = key.removeprefix(KEY_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        layer = modules.get(path)
+        if not isinstance(layer, nn.Embedding) and not (isinstance(layer, nn.Linear) and path in heads):
+            continue
+        if not key.endswith(".weight") or inside(path, plan.saved):
+            continue
+        value, own = tensors[key], layer.weight.detach()
+        if value.shape != own.shape or not torch.equal(value.to(own.device, own.dtype), own):
+            raise AdapterError(
+                f"the file brings its own weights for '{path}' ({list(value.shape)}), and they are not the base's",
+                where=f"{where}: {key}",
+                fix="use the base that the adapter was trained on (with its resized vocabulary)",
+            )
+        del kept[key]
+    return kept
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"cannot be read as JSON: {error}", where=str(path), fix="copy the file again") from error
+    if not isinstance(data, dict):
+        raise AdapterError("this should be a JSON object", where=str(path), fix="copy the file again")
+    return data

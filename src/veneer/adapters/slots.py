@@ -1,0 +1,65 @@
+"""The places where adapters sit in a model, seen as one kind of thing; and the base model seen through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from veneer.adapters.layers import LoraEmbedding, LoraLinear
+from veneer.adapters.saved import SavedModule
+from veneer.adapters.tokens import TokenEmbedding, TokenHead
+
+# Each has base_layer, adapters, active, tensors(name) and merged(names).
+Slot = LoraLinear | LoraEmbedding | TokenEmbedding | TokenHead | SavedModule
+SLOTS = (LoraLinear, LoraEmbedding, TokenEmbedding, TokenHead, SavedModule)
+
+
+def base_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """The base's modules by path, parents first, as if no adapter were there; a shared module under its first path."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if isinstance(module, SLOTS):
+            module = module.base_layer
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", root)
+    return found
+
+
+def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """The slots of ``root`` with their paths in the base."""
+    for path, module in root.named_modules():
+        if isinstance(module, SLOTS):
+            yield path, module
+
+
+def places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module hangs, by its id: ``(parent, name)``; several for a shared module."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in root.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def frozen_operands(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """``(weight [out, in], bias [out] or None)`` where ``module`` computes just ``W x + b`` now, ``W`` frozen.
+
+    None where an adapter acts on it, or where it is no plain linear: then it has to be called. A fused operation that
+    reads a weight (the loss over an output head) asks here first, so that it never skips an adapter.
+    """
+    if isinstance(module, SLOTS) and not module.active:
+        module = module.base_layer
+    if type(module) is not nn.Linear or module.weight.requires_grad or module._forward_hooks:
+        return None
+    return module.weight, module.bias

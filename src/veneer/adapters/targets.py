@@ -1,0 +1,407 @@
+"""Which modules an adapter changes: names and patterns of the config, resolved against a model without touching it.
+
+The matching rules are PEFT's (so that a config means the same in both); the strictness is not: an entry that changes
+nothing is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from veneer.adapters.config import ALL_LINEAR, LoraConfig
+from veneer.adapters.slots import SLOTS, base_modules
+from veneer.errors import AdapterError, did_you_mean
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """One module that gets factors."""
+
+    path: str
+    kind: Kind
+    r: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """One embedding or head, some of whose rows are trained."""
+
+    path: str
+    token_ids: tuple[int, ...]
+    tied_to: str | None = None  # the embedding whose rows this head reads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter consists of, in the order of the model's modules."""
+
+    lora: tuple[LoraTarget, ...]
+    tokens: tuple[TokenTarget, ...]
+    saved: tuple[str, ...]
+    unmatched: tuple[str, ...]  # entries of the config that change nothing; only where the resolution was not strict
+
+
+def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> Plan:
+    """Finds every module that ``config`` names in ``root``, seeing through adapters that are already there.
+
+    Args:
+        from_file: the config comes from an adapter's file: unmatched entries are collected instead of refused (the
+            file's tensors say what there is), and ``modules_to_save`` matches bare ends of paths, as in PEFT.
+
+    Raises:
+        AdapterError: an entry matches nothing, a module cannot be adapted, or settings exclude each other.
+    """
+    modules = base_modules(root)
+    unmatched: list[str] = []
+
+    def miss(error: AdapterError) -> None:
+        if not from_file:
+            raise error
+        unmatched.append(error.what)
+
+    saved = _resolve_saved(modules, config, from_file, miss)
+    tokens = _resolve_tokens(root, modules, config, from_file)
+    lora = _resolve_lora(modules, config, saved, miss)
+    _check_overlaps({target.path for target in lora}, tokens, saved)
+    if not lora and not tokens and not saved:
+        raise AdapterError("the adapter changes no module", where="LoraConfig", fix="name modules that the base has")
+    return Plan(lora, tokens, saved, tuple(unmatched))
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How ``module`` is adapted, or None where it cannot be."""
+    weight: Any = getattr(module, "weight", None)
+    if weight is None or getattr(weight, "ndim", 0) != 2 or not weight.is_floating_point():
+        return None
+    if isinstance(module, nn.Embedding):
+        # A subclass may do more than look up rows; Gemma's factor on the output is known, anything else is not.
+        known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if known else None
+    if isinstance(module, nn.Linear):
+        return "linear" if tuple(weight.shape) == (module.out_features, module.in_features) else None
+    # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
+    is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]
+    return "conv1d" if is_conv1d else None
+
+
+def name_matches(pattern: str | Sequence[str], path: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path) is not None
+    return any(_ends_with(path, entry) for entry in pattern)
+
+
+def target_matches(config: LoraConfig, target_modules: str | Sequence[str], path: str) -> bool:
+    """Whether ``target_modules`` (no ``all-linear``) names ``path`` under the config's exclusions and layers."""
+    if config.exclude_modules and name_matches(config.exclude_modules, path):
+        return False
+    if not isinstance(target_modules, str) and path in target_modules:
+        return True  # a whole path is not filtered by layers_to_transform
+    return name_matches(target_modules, path) and _layer_matches(config, path)
+
+
+def pattern_for(patterns: Iterable[str], path: str) -> str | None:
+    """The first key of ``rank_pattern`` or ``alpha_pattern`` that decides for ``path``."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the output heads: what the model says, and every linear whose weight is an embedding's."""
+    heads: set[int] = set()
+    for module in modules.values():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            heads.add(id(head.base_layer if isinstance(head, SLOTS) else head))
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    return {
+        path
+        for path, module in modules.items()
+        if id(module) in heads or (isinstance(module, nn.Linear) and id(module.weight) in embeddings)
+    }
+
+
+def compact_targets(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str]:
+    """The shortest sorted list of names that means the same targets to PEFT.
+
+    Last names (``q_proj``) where they name exactly the plan's modules, else whole paths.
+    """
+    paths = {target.path for target in plan.lora}
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    others = [path for path in base_modules(root) if path and not inside(path, plan.saved)]
+    same = {path for path in others if target_matches(config, short, path)} == paths
+    return short if same else sorted(paths)
+
+
+def inside(path: str, parents: Collection[str]) -> bool:
+    """Whether ``path`` is one of ``parents`` or lies below one."""
+    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
+
+
+def _ends_with(path: str, entry: str) -> bool:
+    return path == entry or path.endswith(f".{entry}")
+
+
+def _layer_index(config: LoraConfig, path: str) -> int | None:
+    """The first number of the path (an expert's index comes later), or the one after a name of ``layers_pattern``."""
+    if not config.layers_pattern:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return int(match[1]) if match else None
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        if match:
+            return int(match[1])
+    return None
+
+
+def _wanted_layers(config: LoraConfig) -> tuple[int, ...]:
+    layers = config.layers_to_transform
+    return (layers,) if isinstance(layers, int) else tuple(layers or ())
+
+
+def _layer_matches(config: LoraConfig, path: str) -> bool:
+    wanted = _wanted_layers(config)
+    return not wanted or _layer_index(config, path) in wanted
+
+
+def _resolve_lora(
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    saved: tuple[str, ...],
+    miss: Callable[[AdapterError], None],
+) -> tuple[LoraTarget, ...]:
+    in_attention = {
+        f"{path}.{name}" if path else name
+        for path, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+        for name in module._modules
+    }
+    free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
+    if config.target_modules == ALL_LINEAR:
+        skipped = output_heads(modules) | in_attention
+        chosen = [
+            path
+            for path, module in free.items()
+            if kind_of(module) in ("linear", "conv1d")
+            and path not in skipped
+            and not (config.exclude_modules and name_matches(config.exclude_modules, path))
+            and _layer_matches(config, path)
+        ]
+        if not chosen:
+            miss(AdapterError("'all-linear' matches no linear layer", where="LoraConfig.target_modules"))
+    else:
+        chosen = [path for path in free if target_matches(config, config.target_modules, path)]
+        _report_unmatched_targets(modules, config, chosen, miss)
+    for path in chosen:
+        if path in in_attention:
+            raise AdapterError(
+                "nn.MultiheadAttention reads this layer's weight without calling it: an adapter would do nothing",
+                where=path,
+                fix="leave it out, or exclude it with exclude_modules",
+            )
+        if kind_of(modules[path]) is None:
+            raise _not_adaptable(path, modules)
+    _report_unmatched_filters(modules, config, chosen, miss)
+    return tuple(_target(path, modules[path], config) for path in chosen)
+
+
+def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
+    rank_key, alpha_key = pattern_for(config.rank_pattern, path), pattern_for(config.alpha_pattern, path)
+    kind = kind_of(module)
+    assert kind is not None
+    r = config.r if rank_key is None else config.rank_pattern[rank_key]
+    alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+    return LoraTarget(path, kind, r, alpha)
+
+
+def _report_unmatched_targets(
+    modules: Mapping[str, nn.Module], config: LoraConfig, chosen: list[str], miss: Callable[[AdapterError], None]
+) -> None:
+    where = "LoraConfig.target_modules"
+    names = adaptable_names(modules)
+    if isinstance(config.target_modules, str):
+        if not chosen:
+            fix = "a string is a regular expression for the whole path of a module; give a list to name modules"
+            if _any_ends_with(modules, config.target_modules):
+                fix = f"give a list: ['{config.target_modules}'] (a string is a regular expression for the whole path)"
+            miss(AdapterError(f"target_modules '{config.target_modules}' matches no module", where=where, fix=fix))
+        return
+    for entry in config.target_modules:
+        if any(_ends_with(path, entry) for path in chosen):
+            continue
+        if not _any_ends_with(modules, entry):
+            fix = did_you_mean(entry, names) or f"the layers that can be adapted are {', '.join(names)}"
+            miss(AdapterError(f"target module '{entry}' matches nothing in the base", where=where, fix=fix))
+        else:
+            what = f"target module '{entry}' is left with no module"
+            fix = f"exclude_modules, modules_to_save or layers_to_transform take all of them: remove '{entry}' or those"
+            miss(AdapterError(what, where=where, fix=fix))
+
+
+def _report_unmatched_filters(
+    modules: Mapping[str, nn.Module], config: LoraConfig, chosen: list[str], miss: Callable[[AdapterError], None]
+) -> None:
+    excluded = config.exclude_modules
+    for entry in [excluded] if isinstance(excluded, str) else excluded or ():
+        pattern = entry if isinstance(excluded, str) else [entry]
+        if not any(name_matches(pattern, path) for path in modules):
+            fix = did_you_mean(entry, adaptable_names(modules)) or "remove it"
+            where = "LoraConfig.exclude_modules"
+            miss(AdapterError(f"excluded module '{entry}' matches nothing in the base", where=where, fix=fix))
+    found = {_layer_index(config, path) for path in chosen}
+    for layer in _wanted_layers(config):
+        if layer not in found:
+            there = sorted({i for p in modules if (i := _layer_index(config, p)) is not None})
+            fix = (
+                f"the layers are {there[0]} to {there[-1]}"
+                if there
+                else "give layers_pattern: the name of the list of layers"
+            )
+            where = "LoraConfig.layers_to_transform"
+            miss(AdapterError(f"layer {layer} has no module to adapt", where=where, fix=fix))
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        used = {pattern_for(patterns, path) for path in chosen}
+        for key in patterns:
+            if key not in used:
+                last = [path.rpartition(".")[2] for path in chosen]
+                fix = (
+                    did_you_mean(key, sorted({*last, *chosen}))
+                    or "remove it, or put it before the pattern that wins over it"
+                )
+                miss(AdapterError(f"{name} '{key}' decides for no adapted module", where=f"LoraConfig.{name}", fix=fix))
+
+
+def _resolve_saved(
+    modules: Mapping[str, nn.Module], config: LoraConfig, from_file: bool, miss: Callable[[AdapterError], None]
+) -> tuple[str, ...]:
+    found: list[str] = []
+    for entry in config.modules_to_save or ():
+        # PEFT compares bare ends of paths: 'norm' there also means 'input_layernorm'. A file has to be read as meant.
+        matches = [
+            path
+            for path, module in modules.items()
+            if path
+            and (path.endswith(entry) if from_file else _ends_with(path, entry))
+            and next(module.parameters(), None) is not None
+        ]
+        if not matches:
+            names = sorted({path.rpartition(".")[2] for path in modules if path})
+            fix = did_you_mean(entry, [*names, *modules]) or "name a module of the base that has parameters"
+            where = "LoraConfig.modules_to_save"
+            miss(AdapterError(f"module to save '{entry}' matches nothing in the base", where=where, fix=fix))
+        found.extend(matches)
+    # A module inside another one that is saved belongs to the outer copy.
+    outer = [path for path in found if not inside(path.rpartition(".")[0], found)]
+    return tuple(path for path in modules if path in outer)
+
+
+def _resolve_tokens(
+    root: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, from_file: bool
+) -> tuple[TokenTarget, ...]:
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return ()
+    ids_of: dict[str, tuple[int, ...]] = {}
+    if isinstance(wanted, Mapping):
+        for entry, ids in wanted.items():
+            matches = [p for p in modules if p and (p.endswith(entry) if from_file else _ends_with(p, entry))]
+            if not matches:
+                names = [p.rpartition(".")[2] for p, m in modules.items() if kind_of(m) in ("embedding", "linear")]
+                fix = did_you_mean(entry, sorted(set(names))) or "name the embedding, or the output head"
+                where = "LoraConfig.trainable_token_indices"
+                raise AdapterError(f"'{entry}' matches nothing in the base", where=where, fix=fix)
+            ids_of.update(dict.fromkeys(matches, tuple(ids)))
+    else:
+        ids_of[_input_embedding(root, modules)] = tuple(wanted)
+    for path, ids in ids_of.items():
+        _check_token_ids(path, modules[path], ids)
+    targets: dict[str, TokenTarget] = {}
+    for path, ids in ids_of.items():
+        targets.setdefault(path, TokenTarget(path, ids))
+        if isinstance(modules[path], nn.Embedding):
+            for head in _tied_heads(path, modules):
+                # Other ids for the head were asked for: then it has rows of its own.
+                if ids_of.get(head, ids) == ids:
+                    targets[head] = TokenTarget(head, ids, tied_to=path)
+    return tuple(targets[path] for path in modules if path in targets)
+
+
+def _tied_heads(embedding: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    weight = modules[embedding].weight
+    return [path for path, module in modules.items() if isinstance(module, nn.Linear) and module.weight is weight]
+
+
+def _input_embedding(root: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    getter = getattr(root, "get_input_embeddings", None)
+    found = getter() if callable(getter) else None
+    if isinstance(found, SLOTS):
+        found = found.base_layer
+    paths = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+    named = [path for path in paths if modules[path] is found]
+    if len(named or paths) != 1:
+        there = f"one of {', '.join(paths)}" if paths else "the base has none"
+        raise AdapterError(
+            "which embedding do trainable_token_indices mean?",
+            where="LoraConfig.trainable_token_indices",
+            fix=f"give {{name of the embedding: [ids]}} ({there})",
+        )
+    return (named or paths)[0]
+
+
+def _check_token_ids(path: str, module: nn.Module, ids: tuple[int, ...]) -> None:
+    where = f"LoraConfig.trainable_token_indices: {path}"
+    if kind_of(module) not in ("embedding", "linear"):
+        raise AdapterError(
+            f"{type(module).__name__} has no rows of tokens", where=where, fix="name an embedding or a head"
+        )
+    rows = module.weight.shape[0]  # type: ignore[index]  # kind_of has seen that it is a matrix
+    if not ids or len(set(ids)) != len(ids):
+        raise AdapterError("token ids have to be given, each once", where=where, fix="remove the repeated ids")
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rows:
+            raise AdapterError(f"there is no token {token!r}", where=where, fix=f"the ids are 0 to {rows - 1}")
+
+
+def _check_overlaps(lora: set[str], tokens: tuple[TokenTarget, ...], saved: tuple[str, ...]) -> None:
+    for target in tokens:
+        because = f" (it is tied to {target.tied_to} and has to follow its rows)" if target.tied_to else ""
+        if target.path in lora:
+            raise AdapterError(
+                f"a module can have LoRA factors or trained token rows, not both{because}",
+                where=target.path,
+                fix="remove it from target_modules, or from trainable_token_indices",
+            )
+        if inside(target.path, saved):
+            raise AdapterError(
+                f"a module can be trained whole or by token rows, not both{because}",
+                where=target.path,
+                fix="remove it from modules_to_save, or from trainable_token_indices",
+            )
+
+
+def _any_ends_with(modules: Mapping[str, nn.Module], entry: str) -> bool:
+    return any(_ends_with(path, entry) for path in modules)
+
+
+def adaptable_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The last names of the modules that can be adapted, in order, each once."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and kind_of(module)))
+
+
+def _not_adaptable(path: str, modules: Mapping[str, nn.Module]) -> AdapterError:
+    children = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
+    names = adaptable_names(children)
+    fix = (
+        f"name its layers: {', '.join(names)}" if names else "only linear layers, Conv1D and embeddings can be adapted"
+    )
+    return AdapterError(f"a {type(modules[path]).__name__} cannot be adapted", where=path, fix=fix)
