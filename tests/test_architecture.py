@@ -51,7 +51,7 @@ NEIGHBOURS = {
 # Third-party libraries by package, beyond torch and safetensors. Floors 0 to 2 must run with those two alone.
 LIBRARIES: dict[str, set[str]] = {
     "kernels": {"triton"},
-    "models": {"transformers", "tokenizers", "gguf", "huggingface_hub", "numpy"},
+    "models": {"transformers", "tokenizers", "gguf", "huggingface_hub", "numpy", "filelock"},
     "data": {
         "transformers",
         "tokenizers",
