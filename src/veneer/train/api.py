@@ -1,0 +1,161 @@
+"""Training in one call: from a recipe, or from a model and data in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters import AdaptedModel, LoraConfig, attach
+from veneer.data.conversation import Rows
+from veneer.errors import UsageError, did_you_mean
+from veneer.models import Base, load_base
+from veneer.recipe import AdapterRecipe, DataRecipe, EvalRecipe, Recipe, TrainRecipe, load_recipe, recipe_from
+from veneer.run import RunFolder
+from veneer.train.distributed import World, join_world, leave_world, local_device
+from veneer.train.preflight import read_rows
+from veneer.train.progress import Progress, Silent
+from veneer.train.record import check_output
+from veneer.train.session import Session, TrainResult
+from veneer.train.track import check_trackers
+
+Source = Rows | str | Path | Sequence[Mapping[str, Any]]
+
+
+def train_recipe(
+    recipe: Recipe | str | Path, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> TrainResult:
+    """Trains what a recipe describes.
+
+    Under torchrun every process calls this; the first one writes and speaks.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        resume: go on with the run in ``output_dir`` from its newest whole checkpoint.
+        overwrite: replace the run in ``output_dir``.
+        progress: is told how it goes; silent by default.
+
+    Raises:
+        RecipeError, DataError, ModelError, AdapterError: something is wrong before training begins; nothing is written
+            then.
+        TrainError: the output folder holds a run; a guard stopped the run.
+        StorageError: a file cannot be written.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    with _processes(recipe, resume, overwrite, progress) as (world, progress):
+        rows, held_out = read_rows(recipe.data)
+        device = local_device(recipe.device)
+        base = load_base(recipe.base, dtype=recipe.dtype, device=device, revision=recipe.revision)
+        settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
+        adapted = attach(base, LoraConfig(**settings), seed=recipe.train.seed)
+        session = Session(adapted, base, recipe, rows, held_out, world, progress)
+        return session.run(resume=resume, overwrite=overwrite)
+
+
+def train(
+    model: AdaptedModel,
+    data: Source,
+    *,
+    eval_data: Source | float | int | None = 0.1,
+    output_dir: str | Path = "runs/veneer",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Trains the active adapter of a model that is in memory.
+
+    Args:
+        model: what :func:`veneer.attach` returned for a base from :func:`veneer.load_base`.
+        data: rows, a file or what else :func:`veneer.data.read` takes.
+        eval_data: held-out rows: a share of ``data``, a number of its rows, rows of their own, or None.
+        output_dir: the run folder.
+        resume, overwrite, progress: as for :func:`train_recipe`.
+        settings: any key of the recipe's sections ``train``, ``eval`` and ``data``, such as ``learning_rate=2e-4``,
+            ``num_train_epochs=3``, ``metrics=["exact_match"]``, ``train_on="last"``.
+
+    Raises:
+        UsageError: an unknown setting, or a model without a base. Otherwise as :func:`train_recipe`.
+    """
+    base = model.base
+    if not isinstance(base, Base):
+        raise UsageError(
+            "this model has no tokenizer to render rows with",
+            where="train(model, ...)",
+            fix="attach the adapter to what veneer.load_base returns; any other module trains in a loop of your own",
+        )
+    recipe = _recipe_of(model, base, data, eval_data, output_dir, settings)
+    with _processes(recipe, resume, overwrite, progress) as (world, progress):
+        rows, held_out = read_rows(recipe.data, data, eval_data)
+        return Session(model, base, recipe, rows, held_out, world, progress).run(resume=resume, overwrite=overwrite)
+
+
+@contextmanager
+def _processes(
+    recipe: Recipe, resume: bool, overwrite: bool, progress: Progress | None
+) -> Iterator[tuple[World, Progress]]:
+    """Joins the other processes, and checks first what costs nothing to check."""
+    world = join_world(local_device(recipe.device))
+    progress = progress if progress is not None and world.is_main else Silent()
+    try:
+        check_trackers(recipe.train.report_to)
+        check_output(RunFolder(Path(recipe.output_dir)), resume=resume, overwrite=overwrite)
+        world.barrier()  # the first process must not create the folder before all have looked
+        yield world, progress
+    finally:
+        progress.close()
+        leave_world(world)
+
+
+def _recipe_of(
+    model: AdaptedModel,
+    base: Base,
+    data: Source,
+    eval_data: Source | float | int | None,
+    output_dir: str | Path,
+    settings: Mapping[str, Any],
+) -> Recipe:
+    """The recipe that says the same as the arguments: it is checked like any other, and recorded with the run."""
+    values: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "data": {}}
+    fields = {"train": TrainRecipe.model_fields, "eval": EvalRecipe.model_fields, "data": DataRecipe.model_fields}
+    known = {key: name for name, keys in fields.items() for key in keys}  # max_rows is that of data
+    del known["train"], known["eval"]
+    for key, value in settings.items():
+        if key not in known:
+            raise UsageError(
+                f"unknown setting '{key}'",
+                where="train(model, ...)",
+                fix=did_you_mean(key, known) or "use a key of the recipe's sections train, eval and data",
+            )
+        values[known[key]][key] = value
+    assert model.active is not None
+    config = model.configs[model.active].to_dict()
+    adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
+    dtype = str(base.dtype).removeprefix("torch.")
+    held_out = eval_data if eval_data is None or isinstance(eval_data, float | int) else _name_of(eval_data)
+    return recipe_from(
+        {
+            "base": base.spec,
+            "revision": base.identity.revision,
+            "dtype": dtype if dtype in ("bfloat16", "float32") else "auto",
+            "device": str(base.device),
+            "adapter": adapter,
+            **values,
+            "data": {**values["data"], "train": _name_of(data), "eval": held_out},
+            "output_dir": str(Path(output_dir).expanduser().absolute()),
+        }
+    )
+
+
+def _name_of(source: Source) -> str | list[str]:
+    """What the recipe says of a source: its absolute path where it has one."""
+    if isinstance(source, Rows):
+        return source.source
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        return str(path.absolute()) if path.exists() else str(source)
+    if source and all(isinstance(item, str | Path) for item in source):
+        return [str(item) for item in source]
+    return "rows in memory"

@@ -1,0 +1,57 @@
+"""Ctrl-C that loses nothing: the first one finishes the step and writes a checkpoint, the second one stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+class EvaluationInterrupted(Exception):
+    """Raised out of an evaluation, which can be begun again; never leaves the training loop."""
+
+
+class StopRequest:
+    """Whether the run was asked to stop.
+
+    Attributes:
+        requested: set by SIGINT or SIGTERM, or by hand.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.requested = False
+        self._say = say
+        self._raise_now = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Takes over SIGINT and SIGTERM while it is open; outside the main thread signals are left alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def abandoning(self, allowed: bool) -> Iterator[None]:
+        """Where ``allowed``, a signal inside raises :class:`EvaluationInterrupted` instead of waiting for the end."""
+        self._raise_now = allowed
+        try:
+            yield
+        finally:
+            self._raise_now = False
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._raise_now:
+            self._raise_now = False
+            raise EvaluationInterrupted
+        self._say("stopping after this step, with a checkpoint; once more to stop at once")

@@ -1,0 +1,182 @@
+"""Everything that can be wrong is found before the first step: rows, lengths, packing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.data.cache import prepare
+from veneer.data.conversation import Rows
+from veneer.data.dataset import TokenDataset
+from veneer.data.pack import collate_packed
+from veneer.data.read import read
+from veneer.data.split import split
+from veneer.errors import DataError, TrainError, VeneerError
+from veneer.models.head import hidden_states
+from veneer.recipe import LOSS, DataRecipe, Recipe
+from veneer.train.distributed import World
+from veneer.train.sampler import steps_per_epoch
+from veneer.train.schedule import warmup_steps
+from veneer.train.state import Plan
+
+# Of the mean difference between packed and unpacked, relative to the mean size of a hidden state: rounding is far
+# below, attention across a document's border far above.
+PACKING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+SELF_TEST_TOKENS = 64
+
+
+def read_rows(
+    data: DataRecipe, train: Rows | Any | None = None, held_out: Rows | Any | None = None
+) -> tuple[Rows, Rows | None]:
+    """The training and the held-out rows that a recipe names.
+
+    Args:
+        train, held_out: rows or sources that are used in place of the recipe's.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    options: dict[str, Any] = {"format": data.format, "columns": data.columns}
+    source = data.train if train is None else train
+    rows = source if isinstance(source, Rows) else read(source, limit=data.max_rows, **options)
+    share = data.eval if held_out is None else held_out
+    if share is None:
+        return rows, None
+    if isinstance(share, Rows):
+        return rows, share
+    if isinstance(share, int | float):
+        return split(rows, share, data.split_seed)
+    return rows, read(share, **options)
+
+
+def render_rows(rows: Rows, tokenizer: Any, recipe: Recipe, world: World) -> TokenDataset:
+    """The rendered rows, through the cache: the main process renders, the others then find them there.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
+
+    def render() -> TokenDataset:
+        dataset: TokenDataset = prepare(
+            rows,
+            tokenizer,
+            max_length=recipe.train.max_length,
+            train_on=recipe.data.train_on,
+            overlong=recipe.data.overlong,
+            chat_template=recipe.data.chat_template,
+        )
+        return dataset
+
+    if world.is_main:
+        dataset = render()
+    world.barrier()
+    if not world.is_main:
+        dataset = render()
+    if len(dataset) == 0:
+        raise DataError(
+            "no row is left to train on after rendering",
+            where=rows.source,
+            fix="look at the reasons with: veneer data check",
+        )
+    return dataset
+
+
+def make_plan(recipe: Recipe, rows: int, world: World, has_held_out: bool) -> Plan:
+    """The recipe's training settings as the loop's plain values.
+
+    Args:
+        rows: rendered training rows.
+    """
+    train = recipe.train
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
+    per_epoch = steps_per_epoch(rows, rows_per_step)
+    total = train.max_steps or math.ceil(train.num_train_epochs * per_epoch - 1e-9)
+    name, greater = recipe.best_metric
+    return Plan(
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        rows_per_step=rows_per_step,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=warmup_steps(total, train.warmup_ratio),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        neftune_noise_alpha=train.neftune_noise_alpha,
+        logging_steps=train.logging_steps,
+        save_steps=train.save_steps or per_epoch,
+        eval_steps=(train.eval_steps or per_epoch) if has_held_out else total,
+        save_total_limit=train.save_total_limit,
+        metric_for_best="eval_loss" if name == LOSS else f"eval_{name}",
+        greater_is_better=greater,
+        early_stopping_patience=train.early_stopping_patience,
+    )
+
+
+@torch.no_grad()
+def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device) -> float:
+    """Proves on two rows that a row in a packed micro-batch does not see its neighbour.
+
+    Returns:
+        The mean difference of the hidden states, relative to their mean size.
+
+    Raises:
+        TrainError: packed and unpacked differ by more than rounding.
+    """
+    rows = [dataset.row(i) for i in range(min(2, len(dataset)))]
+    rows = [type(r)(r.input_ids[:SELF_TEST_TOKENS], r.trained[:SELF_TEST_TOKENS], r.row_id) for r in rows]
+    if len(rows) == 1:
+        rows *= 2
+    training = module.training
+    module.eval()
+    try:
+        packed = _states(module, rows, device)
+        alone = torch.cat([_states(module, [row], device) for row in rows], dim=1)
+    except VeneerError as error:
+        raise TrainError(
+            f"packing does not work here: {error.what}", where=error.where, fix="set train.packing=false"
+        ) from error
+    finally:
+        module.train(training)
+    difference = float((packed.float() - alone.float()).abs().mean() / alone.float().abs().mean())
+    if not difference <= PACKING_TOLERANCE.get(packed.dtype, 1e-4):
+        raise TrainError(
+            f"packed rows give other results than the same rows alone (mean difference {difference:.1e})",
+            where=type(module).__name__,
+            fix="set train.packing=false: this model does not keep documents apart",
+        )
+    return difference
+
+
+def _states(module: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
+    return hidden_states(module, collate_packed(rows).to(device))
+
+
+@contextmanager
+def gradient_checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """While it is open, each decoder layer keeps its input alone and is computed again in the backward.
+
+    Non-reentrant, so that it works although the embeddings are frozen: the reentrant kind silently gives no gradient
+    when its input needs none.
+
+    Raises:
+        TrainError: the model does not support it.
+    """
+    if not enabled:
+        yield
+        return
+    if not getattr(module, "supports_gradient_checkpointing", False):
+        raise TrainError(
+            f"{type(module).__name__} does not support gradient checkpointing",
+            fix="set train.gradient_checkpointing=false",
+        )
+    switch_on: Callable[..., None] = module.gradient_checkpointing_enable  # type: ignore[assignment]  # transformers' own
+    switch_on(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        module.gradient_checkpointing_disable()  # type: ignore[operator]  # transformers' own method

@@ -1,0 +1,388 @@
+"""One run, from rows and a model to a finished run folder: what lies around the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters import AdaptedModel
+from veneer.adapters.save import read_adapter
+from veneer.data.conversation import Rows
+from veneer.data.dataset import TokenDataset
+from veneer.data.pack import pad_id_of
+from veneer.data.show import show_html
+from veneer.errors import VeneerError
+from veneer.evaluate.report import write_report
+from veneer.files import storage_errors, write_text
+from veneer.models import Base
+from veneer.recipe import Recipe
+from veneer.run import RunFolder, RunInfo, utc_now
+from veneer.runtime import hardware, peak_rss_gb, set_rng_state
+from veneer.train.checkpoint import checkpoint_path, defect, discard_after, safetensors_errors
+from veneer.train.distributed import World
+from veneer.train.held_out import HeldOut, answers, check_metrics, held_out_loss
+from veneer.train.interrupt import StopRequest
+from veneer.train.layout import Layout, default_micro_batch_tokens
+from veneer.train.loop import Trainer, train_loop
+from veneer.train.optimizer import FlatAdamW
+from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows
+from veneer.train.progress import Progress
+from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
+from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
+from veneer.train.sft import sft
+from veneer.train.state import Plan, TrainerState
+from veneer.train.track import open_trackers
+
+OBJECTIVES = {"sft": sft}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. It stands for its folder wherever a path is taken.
+
+    Attributes:
+        path: the run folder.
+        model: the model with its best adapter, in eval mode.
+        steps: optimizer steps done.
+        epochs: passes over the training rows.
+        best_step: the step whose adapter was kept; None without held-out rows.
+        metrics: ``train_loss`` (the last one), the held-out figures of the kept step (``eval_...``) and those of the
+            base before training (``base_eval_...``).
+        training: steps, tokens, seconds, tokens per second, peak memory.
+        interrupted: a stop was asked for; the run can be resumed.
+        early_stopped: patience ran out.
+    """
+
+    path: Path
+    model: AdaptedModel = field(repr=False)
+    steps: int
+    epochs: float
+    best_step: int | None
+    metrics: dict[str, float]
+    training: dict[str, float]
+    interrupted: bool
+    early_stopped: bool
+
+    @property
+    def adapter(self) -> Path:
+        """The best adapter, in PEFT's format."""
+        return RunFolder(self.path).adapter
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return RunFolder(self.path).report
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@dataclass
+class Session:
+    """A run that is about to begin, or to go on.
+
+    Attributes:
+        adapted, base: the model, its adapter attached and active.
+        recipe: the settings.
+        rows, held_out_rows: what to train on, and to judge by.
+        world: the processes of this run.
+        progress: is told how it goes; silent on every process but the first.
+    """
+
+    adapted: AdaptedModel
+    base: Base
+    recipe: Recipe
+    rows: Rows
+    held_out_rows: Rows | None
+    world: World
+    progress: Progress
+
+    def run(self, *, resume: bool, overwrite: bool) -> TrainResult:
+        """Checks everything, then trains. Until all is checked nothing is written.
+
+        Raises:
+            VeneerError: see :func:`veneer.train.train_recipe`.
+        """
+        settings, adapted, world = self.recipe.train, self.adapted, self.world
+        warnings = self._say_what_was_read()
+        if self.layout.packing:
+            check_packing(adapted.module, self.dataset, self.base.device)
+        optimizer = FlatAdamW(
+            adapted.named_parameters(),
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        info = self._info(warnings)
+        state = self._restored(optimizer, info) if resume and self.folder.run_json.exists() else TrainerState()
+        with ExitStack() as stack:
+            stack.enter_context(gradient_checkpointing(adapted.module, settings.gradient_checkpointing))
+            record = self._open_record(info, state, overwrite) if world.is_main else SilentRecord()
+            world.barrier()
+            stop = StopRequest(record.message)
+            trainer = Trainer(
+                module=adapted.module,
+                objective=OBJECTIVES[settings.method],
+                dataset=self.dataset,
+                layout=self.layout,
+                plan=self.plan,
+                state=state,
+                optimizer=optimizer,
+                world=world,
+                device=self.base.device,
+                recorder=record,
+                stop=stop,
+                checkpoints=self.folder.checkpoints,
+                save_adapter=lambda target: adapted.save(target, extra={"step": state.step}),
+                evaluate=self._evaluate if self.held_out is not None else None,
+            )
+            self.progress.start(self.plan.total_steps, state.step, self.folder.path.name)
+            try:
+                with stop.listening():
+                    interrupted = train_loop(trainer)
+                self._keep_best(state, record)
+            except BaseException as error:
+                if isinstance(record, RunRecord):
+                    record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", _reason(error))
+                raise
+            finally:
+                adapted.module.eval()
+                for parameter in adapted.parameters():
+                    parameter.grad = None
+        result = self._result(state, interrupted)
+        if isinstance(record, RunRecord):
+            info.metrics, info.training = dict(result.metrics), dict(result.training)
+            # Once more where the report looks for them.
+            info.extra["train_seconds"] = result.training["seconds"]
+            info.extra |= {key: result.training[key] for key in ("tokens_per_second", "peak_rss_gb")}
+            record.close("interrupted" if interrupted else "finished")
+            write_report(self.folder.path)
+        world.barrier()
+        return result
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.recipe.output_dir))
+
+    @cached_property
+    def dataset(self) -> TokenDataset:
+        """The rendered training rows."""
+        return render_rows(self.rows, self.base.tokenizer, self.recipe, self.world)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The held-out rows, rendered, and how they are judged."""
+        if self.held_out_rows is None:
+            return None
+        check_metrics(self.held_out_rows, self.recipe.eval.metrics)
+        return HeldOut(
+            dataset=render_rows(self.held_out_rows, self.base.tokenizer, self.recipe, self.world),
+            rows=self.held_out_rows,
+            # The perplexity of the held-out loss comes with every evaluation.
+            metrics=[name for name in self.recipe.eval.metrics if name != "perplexity"],
+            max_new_tokens=self.recipe.eval.max_new_tokens,
+            samples=self.recipe.eval.samples,
+            max_rows=self.recipe.eval.max_rows,
+            chat_template=self.recipe.data.chat_template,
+        )
+
+    @cached_property
+    def layout(self) -> Layout:
+        train = self.recipe.train
+        return Layout(
+            packing=train.packing,
+            micro_batch_tokens=train.micro_batch_tokens
+            or default_micro_batch_tokens(train.max_length, self.base.device),
+            micro_batch_rows=train.per_device_train_batch_size,
+            pad_id=pad_id_of(self.base.tokenizer),
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.recipe, len(self.dataset), self.world, self.held_out is not None)
+
+    def _say_what_was_read(self) -> list[str]:
+        """Says how the rows were understood and what rendering did to them; returns the warnings."""
+        parts = [(self.rows, self.dataset)]
+        if self.held_out is not None:
+            parts.append((self.held_out.rows, self.held_out.dataset))
+        warnings = []
+        for rows, dataset in parts:
+            self.progress.message(rows.description)
+            warnings += dataset.stats.warnings
+        for text in warnings:
+            self.progress.message(text, "warning")
+        stats = self.dataset.stats
+        share = stats.trained_tokens / max(stats.tokens, 1)
+        self.progress.message(
+            f"{len(self.dataset)} training examples of {stats.tokens} tokens, "
+            f"{stats.trained_tokens} of them trained ({share:.0%})"
+        )
+        self.progress.message(
+            f"{self.plan.rows_per_step} rows a step, {self.plan.steps_per_epoch} steps an epoch, "
+            f"{self.adapted.trainable_count():,} trained parameters"
+        )
+        return warnings
+
+    def _info(self, warnings: list[str]) -> RunInfo:
+        """What ``run.json`` says from the start."""
+
+        def described(rows: Rows, dataset: TokenDataset) -> dict[str, Any]:
+            return {
+                "source": rows.source,
+                "description": rows.description,
+                "content_hash": rows.content_hash,
+                "files": rows.files,
+                "rows": len(rows),
+                "stats": _without_ids(dataset.stats.to_dict()),
+            }
+
+        held_out = self.held_out
+        return RunInfo(
+            base=self.base.identity.to_dict(),
+            data={
+                "train": described(self.rows, self.dataset),
+                "eval": described(held_out.rows, held_out.dataset) if held_out is not None else None,
+            },
+            seed=self.recipe.train.seed,
+            hardware={
+                **hardware(),
+                "device": str(self.base.device),
+                "dtype": str(self.base.dtype).removeprefix("torch."),
+            },
+            extra={
+                "trainable_parameters": self.adapted.trainable_count(),
+                "coverage": str(self.adapted.coverage),
+                "recipe": self.recipe.resolved(),
+                "plan": dataclasses.asdict(self.plan),
+                "layout": dataclasses.asdict(self.layout),
+                "processes": self.world.size,
+                "mask_example_html": show_html(self.dataset.row(0), self.base.tokenizer),
+                "warnings": list(warnings),
+            },
+        )
+
+    def _restored(self, optimizer: FlatAdamW, info: RunInfo) -> TrainerState:
+        """The state, adapter, optimizer and generators of the checkpoint to go on from."""
+        check_same_run(self.folder, self.recipe, info)
+        own = str(find_checkpoint(self.folder, self.progress.message) or "") if self.world.is_main else ""
+        path = self.world.gather(own)[0]  # the first process chooses for all
+        if not path:
+            return TrainerState()
+        checkpoint = open_checkpoint(Path(path), optimizer.layout)
+        self.adapted.load_state(read_adapter(checkpoint.adapter)[1], where=str(checkpoint.adapter))
+        optimizer.load_state(checkpoint.optimizer)
+        set_rng_state(checkpoint.rng)
+        return TrainerState.from_dict(checkpoint.state)
+
+    def _open_record(self, info: RunInfo, state: TrainerState, overwrite: bool) -> RunRecord:
+        """Creates the run folder, or cuts it back to the checkpoint that is gone on from."""
+        folder = self.folder
+        if folder.run_json.exists() and not overwrite:
+            before = RunInfo.read(folder)
+            info.started = before.started
+            info.extra["resumed"] = [*before.extra.get("resumed", []), {"step": state.step, "time": utc_now()}]
+            info.extra["warnings"] = list(dict.fromkeys([*before.extra.get("warnings", []), *info.extra["warnings"]]))
+            discard_after(folder.checkpoints, state.step if state.step else -1)
+            cut_metrics(folder.metrics_path, state.step, state.evaluation_due)
+            if state.step == 0:
+                folder.metrics_path.unlink(missing_ok=True)
+        else:
+            clear_run(folder)
+        with storage_errors(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.recipe_path, self.recipe.to_yaml())
+        info.write(folder)
+        name = folder.path.name
+        trackers = open_trackers(self.recipe.train.report_to, folder.path, name, self.recipe.resolved())
+        return RunRecord(folder, info, self.progress, trackers)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """The held-out figures of a step: the loss by all processes, generated answers by the first one."""
+        assert self.held_out is not None
+        objective = OBJECTIVES[self.recipe.train.method]
+        values = held_out_loss(
+            self.adapted, objective, self.held_out.dataset, self.layout, self.world, self.base.device
+        )
+        if step == 0:  # the base: its answers are measured after training, beside the adapter's
+            return values
+        own: dict[str, float] = {}
+        if self.world.is_main:
+            own = answers(self.adapted, self.base, self.held_out, step, self.folder.eval_folder)
+        graded: dict[str, float] = self.world.gather(own)[0]
+        return values | graded
+
+    def _keep_best(self, state: TrainerState, record: RunRecord | SilentRecord) -> None:
+        """Puts the best adapter into the model and into the run's ``adapter/``, and says which one it is."""
+        step = state.step
+        if state.best_step is not None and state.best_step != state.step:
+            path = checkpoint_path(self.folder.checkpoints, state.best_step)
+            reason = defect(path)
+            if reason is None:
+                self.adapted.load_state(read_adapter(path / "adapter")[1], where=str(path))
+                step = state.best_step
+            else:
+                record.message(
+                    f"the best checkpoint (step {state.best_step}) is lost: {reason}; the last is kept", "warning"
+                )
+        if self.world.is_main:
+            with safetensors_errors(self.folder.adapter):
+                self.adapted.save(self.folder.adapter, extra={"step": step, "run": self.folder.path.name})
+        if state.best_step is None:
+            record.message(f"{self.folder.adapter} holds the adapter of the last step, {step}")
+            return
+        name = self.plan.metric_for_best
+        record.message(
+            f"{self.folder.adapter} holds the adapter of step {step}, the best by {name} ({state.best_value:.4g})"
+        )
+        base, best = state.base_value, state.best_value
+        if base is not None and best is not None and not (best > base if self.plan.greater_is_better else best < base):
+            record.message(f"training did not help: {name} is {best:.4g}, and {base:.4g} for the base", "warning")
+
+    def _result(self, state: TrainerState, interrupted: bool) -> TrainResult:
+        lines = read_metrics(self.folder.metrics_path)
+        metrics: dict[str, float] = {}
+        kept = state.best_step if state.best_step is not None else state.step
+        for line in lines:
+            if "eval_loss" not in line:
+                metrics["train_loss"] = line["loss"]
+            elif line["step"] == 0:
+                metrics |= {f"base_{key}": value for key, value in line.items() if key.startswith("eval_")}
+            elif line["step"] == kept:
+                metrics |= {key: value for key, value in line.items() if key.startswith("eval_")}
+        training: dict[str, float] = {
+            "steps": state.step,
+            "epochs": round(state.rows_consumed / len(self.dataset), 4),
+            "rows": state.rows_consumed,
+            "tokens": state.tokens,
+            "trained_tokens": state.trained_tokens,
+            "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+            "peak_rss_gb": round(peak_rss_gb(), 3),
+        }
+        return TrainResult(
+            path=self.folder.path,
+            model=self.adapted,
+            steps=state.step,
+            epochs=training["epochs"],
+            best_step=state.best_step,
+            metrics=metrics,
+            training=training,
+            interrupted=interrupted,
+            early_stopped=state.early_stopped,
+        )
+
+
+def _without_ids(stats: dict[str, Any]) -> dict[str, Any]:
+    """The account of the rendering with dropped rows counted and not named."""
+    return {**stats, "dropped": {reason: len(ids) for reason, ids in stats["dropped"].items()}}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, VeneerError):
+        return error.what
+    return f"{type(error).__name__}: {error}".rstrip(": ")
