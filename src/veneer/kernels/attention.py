@@ -5,16 +5,17 @@ query heads. Queries are taken in tiles of rows, each against the keys up to its
 scores is never computed and memory is one tile's scores, not ``L^2``. For the documents of fine-tuning this is several
 times faster on a CPU than the flash kernel's backward.
 
-Kept for the backward: q, k, v, o in their own dtype and the log-sum-exp of each row (Dao et al. 2022, alg. 4):
+Kept for the backward: q, k and v in their own dtype, nothing of the scores' size:
 
-    P  = exp(S - lse)
-    dS = P * (dO V^T - rowsum(dO * O))
+    P  = softmax(S)                        computed again, tile by tile
+    dS = P * (dP - rowsum(dP * P))         with dP = dO V^T
 
 Names: ``T`` positions of the packed row, ``L`` of one document, ``H`` query heads, ``K`` key heads, ``D`` head size.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,28 +86,22 @@ def _tiles(lengths: Sequence[int], window: int | None) -> Iterator[tuple[int, in
             yield row, min(row + TILE, start + length), first
 
 
-def _scores(
-    q: Tensor, k: Tensor, scaling: float, window: int | None, softcap: float | None, mask: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """``(S [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.float()
-    scores *= scaling
-    tanh = None
-    if softcap is not None:
-        tanh = torch.tanh(scores / softcap)
-        scores = tanh * softcap
-    rows = mask.shape[0]
-    scores.view(k.shape[0], -1, rows, k.shape[1]).masked_fill_(mask, float("-inf"))
-    return scores, tanh
-
-
-def _mask(rows: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """``[rows, keys]`` bool, True where a key may not be seen; the last query stands at the last key."""
+@functools.lru_cache(maxsize=32)
+def _mask(rows: int, keys: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[groups * rows, keys]``: 0 where a key may be seen, -inf elsewhere; the last query stands at the last key."""
     distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     blocked = distance < 0
-    return blocked if window is None else blocked | (distance >= window)
+    if window is not None:
+        blocked |= distance >= window
+    return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(blocked, float("-inf")).repeat(groups, 1)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """``(P [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``."""
+    if softcap is None:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), -1), None
+    tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scaling / softcap))
+    return torch.softmax(tanh * softcap + mask, -1), tanh
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -121,47 +116,39 @@ class _DocumentAttention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        heads, total, size = q.shape
+        heads, _, size = q.shape
         groups = heads // k.shape[0]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.empty(heads, total, size, dtype=q.dtype, device=q.device)
-        lse = torch.empty(heads, total, dtype=wide, device=q.device)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for row, end, first in _tiles(lengths, window):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
-            mask = _mask(end - row, end - first, window, q.device)
-            scores, _ = _scores(qt, k[:, first:end], scaling, window, softcap, mask)
-            row_lse = torch.logsumexp(scores, -1, keepdim=True)
-            weights = scores.sub_(row_lse).exp_().to(q.dtype)
+            mask = _mask(end - row, end - first, groups, window, q.dtype, q.device)
+            weights, _ = _weights(qt, k[:, first:end], mask, scaling, softcap)
             out[:, row:end] = torch.bmm(weights, v[:, first:end]).view(heads, end - row, size)
-            lse[:, row:end] = row_lse.view(heads, end - row)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v)
         ctx.arguments = (lengths, scaling, window, softcap)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         lengths, scaling, window, softcap = ctx.arguments
         heads, _, size = q.shape
-        kheads = k.shape[0]
+        groups = heads // k.shape[0]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
-        delta = (dout * out).sum(-1, dtype=lse.dtype)
         for row, end, first in _tiles(lengths, window):
-            shape = (kheads, heads // kheads * (end - row))
-            qt, dot = q[:, row:end].reshape(*shape, size), dout[:, row:end].reshape(*shape, size)
+            shape = (k.shape[0], groups * (end - row), size)
+            qt, dot = q[:, row:end].reshape(shape), dout[:, row:end].reshape(shape)
             kt, vt = k[:, first:end], v[:, first:end]
-            mask = _mask(end - row, end - first, window, q.device)
-            scores, tanh = _scores(qt, kt, scaling, window, softcap, mask)
-            weights = scores.sub_(lse[:, row:end].reshape(*shape, 1)).exp_()
-            dv[:, first:end] += torch.bmm(weights.to(q.dtype).transpose(1, 2), dot)
-            dweights = torch.bmm(dot, vt.transpose(1, 2)).to(weights.dtype)
-            dscores = dweights.sub_(delta[:, row:end].reshape(*shape, 1)).mul_(weights)
+            mask = _mask(end - row, end - first, groups, window, q.dtype, q.device)
+            weights, tanh = _weights(qt, kt, mask, scaling, softcap)
+            dv[:, first:end] += torch.bmm(weights.transpose(1, 2), dot)
+            dweights = torch.bmm(dot, vt.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scaling)
             if tanh is not None:
-                dscores.mul_(1 - tanh.square_())
-            ds = dscores.mul_(scaling).to(q.dtype)
+                ds.mul_(1 - tanh.square_())
             dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)
             dk[:, first:end] += torch.bmm(ds.transpose(1, 2), qt)
         return dq, dk, dv, None, None, None, None

@@ -43,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
         xf = _wide(x)
         # One pass for the squares: a norm per row instead of pow, mean and their temporaries.
         rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y = (xf * rstd).to(x.dtype)
+        y: Tensor = (xf * rstd).to(x.dtype)
         y.mul_(weight)
         ctx.save_for_backward(x, rstd, weight)
         return y

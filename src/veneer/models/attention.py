@@ -1,0 +1,83 @@
+"""Attention under our name in transformers' own interface, with document boundaries.
+
+A packed row ``[1, T]`` holds several documents; the caller passes their lengths as ``document_lengths`` and
+transformers hands them through to here. Without them (generation, users' own loops) transformers' SDPA code runs with
+its usual masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from veneer.kernels.attention import document_attention
+
+NAME = "veneer"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    document_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface.
+
+    Args:
+        query: ``[B, H, T, D]``; key, value: ``[B, K, S, D]``.
+        attention_mask: ``[B, 1, T, S]`` bool (True: may be seen), or None for plain causal attention; not looked at
+            when ``document_lengths`` is given.
+        document_lengths: the lengths of the documents in each row, summing to ``T``; every row has the same.
+
+    Returns:
+        ``[B, T, H, D]`` and None (weights are never returned).
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if document_lengths is None and softcap is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
+        )
+        return output
+    if document_lengths is None:
+        return _masked_attention(query, key, value, attention_mask, scale, softcap), None
+    batch, heads, length, size = query.shape
+    # Rows become documents of one long row: [B, H, T, D] -> [H, B * T, D].
+    q, k, v = (t.transpose(0, 1).reshape(t.shape[1], batch * length, size) for t in (query, key, value))
+    out = document_attention(q, k, v, list(document_lengths) * batch, scale, sliding_window, softcap)
+    return out.view(heads, batch, length, size).permute(1, 2, 0, 3), None
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention with a soft cap on the scores (Gemma 2), which SDPA does not have."""
+    groups = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    out = torch.softmax(scores, -1).to(q.dtype) @ v.repeat_interleave(groups, 1)
+    return out.transpose(1, 2)
+
+
+def register() -> None:
+    """Makes ``attn_implementation="veneer"`` known to transformers (its documented extension point)."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,146 @@
+"""Swaps recognised blocks of a loaded model for fused ones: on the instance, by structure, checked by numbers.
+
+A block is recognised by what it is made of (a gated MLP is gate, up and down projections and an activation; an RMSNorm
+is a weight and an epsilon), and taken over only when the fused block gives the same output on a random input. What is
+not recognised keeps its own code and still trains. Names of children stay, so paths and files do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.layers import LoraLinear
+from veneer.kernels.gated_mlp import LowRankLinear, gated_mlp
+from veneer.kernels.rms_norm import rms_norm
+from veneer.models import attention
+
+_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu"}
+_ACTIVATIONS |= {"PytorchGELUTanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}
+
+
+class FusedRmsNorm(nn.Module):
+    """An RMSNorm whose backward skips the frozen weight; shares the original's parameter."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class FusedGatedMlp(nn.Module):
+    """A gated MLP that runs as one operation when its three linears carry one adapter each; else as its parts."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act_fn: nn.Module, act: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
+        self._act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [_low_rank(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        gate, up, down = parts
+        if gate is None or up is None or down is None:
+            out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return out
+        return gated_mlp(x, gate, up, down, self._act)
+
+
+def _low_rank(layer: nn.Module) -> LowRankLinear | None:
+    """The operands of a linear that carries exactly one active adapter and no dropout in force; else None."""
+    if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
+        return None
+    factors = layer.active_factors()
+    if len(factors) != 1 or (factors[0].dropout > 0 and layer.training):
+        return None
+    base, only = layer.base_layer, factors[0]
+    return LowRankLinear(base.weight, base.bias, only.A, only.B, only.scaling)
+
+
+@dataclass
+class Fused:
+    """What :func:`fuse` did, by the class names of the original blocks."""
+
+    swapped: dict[str, int] = field(default_factory=dict)
+    documents: bool = False  # attention runs under our name and honours document boundaries
+
+    def __str__(self) -> str:
+        blocks = ", ".join(f"{count} {name}" for name, count in sorted(self.swapped.items())) or "no blocks"
+        return f"fused {blocks}; packed documents {'isolated' if self.documents else 'not supported by this model'}"
+
+
+def fuse(module: nn.Module) -> Fused:
+    """Swaps what is recognised in ``module`` (in place) and routes its attention through ours where it can be."""
+    fused = Fused(documents=_route_attention(module))
+    verdicts: dict[type, bool] = {}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            block = _fused_block(child)
+            if block is None:
+                continue
+            kind = type(child)
+            if kind not in verdicts:
+                verdicts[kind] = _same_output(child, block)
+            if verdicts[kind]:
+                block.train(child.training)
+                setattr(parent, name, block)
+                fused.swapped[kind.__name__] = fused.swapped.get(kind.__name__, 0) + 1
+    return fused
+
+
+def _route_attention(module: nn.Module) -> bool:
+    if not getattr(module, "_supports_attention_backend", False):
+        return False
+    attention.register()
+    module.set_attn_implementation(attention.NAME)  # type: ignore[operator]  # a transformers model has it
+    return True
+
+
+def _fused_block(block: nn.Module) -> nn.Module | None:
+    children = dict(block.named_children())
+    if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        act = _ACTIVATIONS.get(type(children["act_fn"]).__name__)
+        gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        if act is None or any(type(layer) is not nn.Linear for layer in (gate, up, down)):
+            return None
+        return FusedGatedMlp(gate, up, down, children["act_fn"], act)
+    parameters = dict(block.named_parameters())
+    if not children and set(parameters) == {"weight"} and "RMSNorm" in type(block).__name__:
+        eps = getattr(block, "variance_epsilon", getattr(block, "eps", None))
+        if isinstance(eps, float) and parameters["weight"].dim() == 1:
+            return FusedRmsNorm(parameters["weight"], eps)
+    return None
+
+
+@torch.no_grad()
+def _same_output(original: nn.Module, block: nn.Module) -> bool:
+    """Whether both give the same on a random input, the MLP through its fused path with a zero update."""
+    weight = next(original.parameters())
+    width = weight.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, width, generator=generator).to(weight)
+    expected = original(x)
+    if isinstance(block, FusedGatedMlp):
+        parts = [
+            LowRankLinear(
+                layer.weight,
+                layer.bias,
+                layer.weight.new_zeros(1, layer.in_features),
+                layer.weight.new_zeros(layer.out_features, 1),
+                1.0,
+            )
+            for layer in (block.gate_proj, block.up_proj, block.down_proj)
+            if isinstance(layer, nn.Linear)
+        ]
+        got = gated_mlp(x, parts[0], parts[1], parts[2], block._act)
+    else:
+        got = block(x)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
+    return bool((got - expected).float().norm() <= tolerance * expected.float().norm() + 1e-12)

@@ -1,0 +1,208 @@
+"""Fused blocks, routed attention and the output head, on tiny random models of the real classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from veneer.adapters import LoraConfig, attach
+from veneer.errors import ModelError
+from veneer.models.fused import FusedGatedMlp, FusedRmsNorm, fuse
+from veneer.models.head import answer_logprobs, answer_loss, check_head, hidden_states
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "Gemma3": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "Phi3": {},
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.5},
+    "Olmo2": {},
+    "GPTNeoX": {},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+@dataclass
+class Packed:
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    document_lengths: list[int] | None
+
+
+def tiny(family: str, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    name = {"Gemma3": "Gemma3Text"}.get(family, family)
+    settings = {
+        k: v for k, v in SMALL.items() if family != "GPT2" or k in ("vocab_size", "bos_token_id", "eos_token_id")
+    }
+    config = getattr(transformers, f"{name}Config")(**{**settings, **MODELS[family], **more})
+    cls = transformers.GPT2LMHeadModel if family == "GPT2" else getattr(transformers, f"{family}ForCausalLM")
+    model: nn.Module = cls._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms of a fresh model are zeros and ones: they would hide mistakes
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def packed(lengths: list[int]) -> Packed:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 64, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    targets = torch.full_like(ids, -100)
+    start = 0
+    for n in lengths:
+        targets[0, start + 1 : start + n - 1] = ids[0, start + 2 : start + n]
+        start += n
+    return Packed(ids, positions, targets, lengths)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_fused_model_gives_the_logits_of_transformers_own_code(family: str) -> None:
+    model = tiny(family)
+    ids = torch.randint(3, 64, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    fuse(model)
+    got = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+    check_head(model)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_packed_documents_give_the_logits_that_each_gives_alone(family: str) -> None:
+    model = tiny(family)
+    batch = packed([9, 1, 13, 7])
+    alone = [
+        model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        for ids in batch.input_ids.split(batch.document_lengths, dim=1)
+    ]
+    assert fuse(model).documents
+    torch.testing.assert_close(hidden_states(model, batch), torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_loss_is_the_cross_entropy_of_the_models_own_logits(family: str) -> None:
+    model = tiny(family)
+    batch = packed([14])
+    logits = model(input_ids=batch.input_ids).logits.float()
+    expected = nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="sum")
+    fuse(model)
+    output = answer_loss(model, hidden_states(model, batch), batch.targets)
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-4, atol=1e-4)
+    assert output.trained == 12
+    assert output.correct == int((logits[0].argmax(-1) == batch.targets[0]).sum())
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2", "GPT2"])
+def test_adapters_get_the_gradients_of_the_unfused_model(family: str) -> None:
+    gradients = []
+    for fused in (False, True):
+        model = tiny(family)
+        if fused:
+            fuse(model)
+        adapted = attach(model, LoraConfig(r=4, init_lora_weights=False), seed=0)
+        model.train()
+        ids = packed([11]).input_ids
+        model(input_ids=ids).logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters()})
+    plain, ours = gradients
+    assert list(plain) == list(ours)
+    for name, gradient in plain.items():
+        assert gradient is not None
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_llama_is_recognised_and_keeps_its_parameter_names() -> None:
+    model = tiny("Llama")
+    before = [name for name, _ in model.named_parameters()]
+    fused = fuse(model)
+    assert fused.swapped == {"LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert [name for name, _ in model.named_parameters()] == before
+    assert isinstance(model.model.layers[0].mlp, FusedGatedMlp)
+    assert isinstance(model.model.norm, FusedRmsNorm)
+
+
+def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
+    model = tiny("Gemma")  # its weight is an offset from one
+    fuse(model)
+    assert not any(isinstance(m, FusedRmsNorm) for m in model.modules())
+
+
+def test_a_padded_batch_gives_the_hidden_states_of_its_rows_alone() -> None:
+    model = tiny("Llama")
+    fuse(model)
+    rows = [torch.randint(3, 64, (1, n)) for n in (9, 5)]
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : row.shape[1]] = row
+    batch = Packed(ids, torch.arange(9).expand(2, -1), torch.full_like(ids, -100), None)
+    states = hidden_states(model, batch)
+    for i, row in enumerate(rows):
+        alone = model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
+        torch.testing.assert_close(states[i, : row.shape[1]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_answer_logprobs_are_summed_per_document() -> None:
+    model = tiny("Llama")
+    fuse(model)
+    both, counts = answer_logprobs(model, packed([9, 6]))
+    batch = packed([9, 6])
+    first = Packed(batch.input_ids[:, :9], batch.position_ids[:, :9], batch.targets[:, :9], [9])
+    alone, _ = answer_logprobs(model, first)
+    assert counts.tolist() == [7, 4]
+    torch.testing.assert_close(both[:1], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapted_head_is_used_with_its_adapter() -> None:
+    model = tiny("Llama")
+    fuse(model)
+    batch = packed([14])
+    before = float(answer_loss(model, hidden_states(model, batch), batch.targets).loss_sum)
+    attach(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False), seed=0)
+    output = answer_loss(model, hidden_states(model, batch), batch.targets)
+    logits = model(input_ids=batch.input_ids).logits.float()
+    expected = nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="sum")
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-4, atol=1e-4)
+    assert abs(float(output.loss_sum.detach()) - before) > 1e-3
+
+
+def test_a_head_with_unknown_arithmetic_is_refused() -> None:
+    model = tiny("Llama")
+    fuse(model)
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        out.logits = out.logits * 2 + 1
+        return out
+
+    model.forward = forward
+    with pytest.raises(ModelError, match="changes its logits"):
+        check_head(model)
