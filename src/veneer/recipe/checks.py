@@ -102,7 +102,8 @@ def _metrics(recipe: Recipe) -> Iterator[Contradiction]:
             yield Contradiction(path, f"holds an unknown metric '{name}'", fix)
     best = recipe.eval.metric_for_best
     path, others = ("eval", "metric_for_best"), (("eval", "metrics"),)
-    if best is not None and best != LOSS and best not in names:
+    # A metric with several scores also gives one for each field: json_fields.amount.
+    if best is not None and best != LOSS and best not in names and best.partition(".")[0] not in names:
         fix = did_you_mean(best, [LOSS, *names]) or f"add '{best}' to eval.metrics, or use loss"
         yield Contradiction(path, f"is '{best}', which is not in eval.metrics", fix, others)
     if recipe.eval.greater_is_better is not None and best is None:

@@ -184,14 +184,15 @@ def _with_paths(
     data: dict[str, Any] = {key: found_all(f"data.{key}", getattr(recipe.data, key)) for key in ("train", "eval")}
     template = recipe.data.chat_template
     if template is not None and "{" not in template:
-        # The run's recipe has to stand by itself, so it holds the template's text, not the name of a file.
+        # The run's recipe has to stand by itself, so it holds the template's text, not the name of a file. A plain word
+        # is left alone: it may name one of several templates of the tokenizer.
         file = Path(found("data.chat_template", template))
         if file.is_file():
             data["chat_template"] = file.read_text(encoding="utf-8")
-        elif check:
+        elif check and (file.suffix or "/" in template):
             line = _line_of(document, ("data", "chat_template"))
-            what = f"data.chat_template: '{template}' is neither a Jinja template nor a file"
-            problems.append(Problem("data.chat_template", what, "give a .jinja file", _place(name, line), line or 0))
+            what = f"data.chat_template: no file '{template}'"
+            problems.append(Problem("data.chat_template", what, "give a Jinja file", _place(name, line), line or 0))
     base = recipe.base
     for place in (folder / Path(base).expanduser(), Path.cwd() / Path(base).expanduser()):
         if (place / "config.json").is_file() or (place.suffix == ".gguf" and place.is_file()):

@@ -1,0 +1,28 @@
+"""``veneer demo``: the main job on the bundled model and task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import Json, Quiet
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Teach the bundled model a task that it cannot do, measured before and after: minutes on two cores, no network."""
+    from veneer.cli.output import console, print_json, stdout_reserved
+    from veneer.cli.progress import Counter, training_progress
+    from veneer.demo import demo_table, run_demo
+
+    with stdout_reserved(json):
+        result = run_demo(output, training_progress(quiet=quiet), Counter(quiet=quiet))
+    if json:
+        print_json(result)
+    else:
+        console().print(demo_table(result))

@@ -1,0 +1,102 @@
+"""``veneer train``: a recipe becomes a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from veneer.cli.options import Json, Overwrite, Quiet
+from veneer.errors import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from veneer.recipe import Recipe
+    from veneer.train import TrainResult
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML). `veneer recipe` lists its keys.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Keys to change, such as train.learning_rate=1e-3 data.eval=null."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter. Ctrl-C writes a checkpoint; --resume goes on from it.
+
+    Several processes: torchrun --nproc-per-node 2 -m veneer train RECIPE.
+    """
+    from veneer.cli.output import print_json, stdout_reserved
+    from veneer.cli.progress import training_progress
+    from veneer.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    with stdout_reserved(json):
+        from veneer.train import train_recipe
+
+        result = train_recipe(loaded, resume=resume, overwrite=overwrite, progress=training_progress(quiet=quiet))
+    if _is_main_process():
+        if json:
+            print_json(_document(result))
+        else:
+            _print_result(result, loaded, recipe, overrides or [])
+    if result.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _is_main_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _document(result: TrainResult) -> dict[str, object]:
+    return {
+        "run": str(result.path),
+        "adapter": str(result.adapter),
+        "report": str(result.report),
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "best_step": result.best_step,
+        "interrupted": result.interrupted,
+        "early_stopped": result.early_stopped,
+        "metrics": result.metrics,
+        "training": result.training,
+    }
+
+
+def _print_result(result: TrainResult, loaded: Recipe, recipe: Path, overrides: list[str]) -> None:
+    from veneer.cli.progress import duration
+
+    run = _shortest(result.path)
+    if result.interrupted:
+        again = shlex.join(["veneer", "train", str(recipe), *overrides, "--resume"])
+        print(f"interrupted after step {result.steps}; the checkpoint is written\nnext:    {again}")
+        return
+    for name, value in result.metrics.items():
+        before = result.metrics.get(f"base_{name}")
+        if name.startswith("eval_") and before is not None:
+            print(f"{name.removeprefix('eval_') + ':':<18} {before:.4g} before, {value:.4g} after")
+    if result.best_step is not None and result.best_step != result.steps:
+        print(f"kept:    step {result.best_step} of {result.steps}, the best by {loaded.best_metric[0]}")
+    seconds = result.training.get("seconds")
+    if seconds:
+        print(f"time:    {duration(seconds)}")
+    print(f"adapter: {_shortest(result.adapter)}")
+    print(f"report:  {_shortest(result.report)}")
+    print(f"next:    veneer chat {shlex.quote(run)}    veneer data show {shlex.quote(run)}")
+
+
+def _shortest(path: Path) -> str:
+    """Relative to the working directory where it is below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
