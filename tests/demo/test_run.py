@@ -13,7 +13,7 @@ import pytest
 import veneer.demo.run
 from veneer.demo import demo_table, generate_rows, run_demo
 from veneer.demo.run import METRICS, demo_recipe, write_data
-from veneer.errors import RecipeError
+from veneer.errors import RecipeError, TrainError
 
 MASTER = Path(veneer.demo.run.__file__).parent / "demo.yaml"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -64,10 +64,10 @@ Finished = tuple[Path, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def finished(make_tiny_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    base = make_tiny_base(max_position_embeddings=1024)
     folder = tmp_path_factory.mktemp("demo") / "run"
-    overrides = [f"base={base}", "train.max_steps=2", "train.max_length=1024", "train.per_device_train_batch_size=4"]
-    overrides += ["eval.max_new_tokens=4", "eval.samples=1", "dtype=float32", "device=cpu"]
+    overrides = [f"base={make_tiny_base(max_position_embeddings=1024)}", "train.max_steps=2", "train.max_length=1024"]
+    overrides += ["train.per_device_train_batch_size=4", "eval.max_new_tokens=4", "eval.samples=1"]
+    overrides += ["dtype=float32", "device=cpu"]
     return folder, run_demo(folder, overrides=overrides, train_rows=8, validation_rows=2, heldout_rows=3)
 
 
@@ -85,22 +85,32 @@ def test_the_demo_writes_its_figures_adapter_report_and_answers(finished: Finish
     assert len(json.loads((folder / "eval" / "heldout.json").read_text(encoding="utf-8"))["rows"]) == 3
 
 
-def test_the_demo_prints_nothing(
-    make_tiny_base: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def one_step(make_tiny_base: Callable[..., Path]) -> dict[str, Any]:
+    """Arguments of the shortest demo there is."""
     overrides = [f"base={make_tiny_base(max_position_embeddings=1024)}", "train.max_steps=1", "train.max_length=1024"]
     overrides += ["eval.max_new_tokens=2", "eval.samples=0", "dtype=float32", "device=cpu"]
-    run_demo(tmp_path / "run", overrides=overrides, train_rows=2, validation_rows=1, heldout_rows=1)
+    return {"overrides": overrides, "train_rows": 2, "validation_rows": 1, "heldout_rows": 1}
+
+
+def test_the_demo_prints_nothing(one_step: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    run_demo(tmp_path / "run", **one_step)
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_demo_can_be_run_again_in_the_same_folder(finished: Finished, make_tiny_base: Callable[..., Path]) -> None:
-    folder, first = finished
-    overrides = [f"base={make_tiny_base(max_position_embeddings=1024)}", "train.max_steps=1", "train.max_length=1024"]
-    overrides += ["eval.max_new_tokens=2", "eval.samples=0", "dtype=float32", "device=cpu"]
-    second = run_demo(folder, overrides=overrides, train_rows=2, validation_rows=1, heldout_rows=1)
-    assert (first["heldout_rows"], second["heldout_rows"]) == (3, 1)
-    assert json.loads((folder / "demo.json").read_text(encoding="utf-8")) == second
+def test_a_demo_replaces_an_earlier_one(one_step: dict[str, Any], tmp_path: Path) -> None:
+    run_demo(tmp_path, **one_step)
+    second = run_demo(tmp_path, **{**one_step, "heldout_rows": 2})
+    assert second["heldout_rows"] == 2
+    assert json.loads((tmp_path / "demo.json").read_text(encoding="utf-8")) == second
+
+
+def test_a_demo_never_replaces_another_run(one_step: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TrainError, match="holds a run already"):
+        run_demo(tmp_path, **one_step)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_the_table_shows_before_and_after_and_what_to_type_next() -> None:

@@ -69,6 +69,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Trains the bundled model on the demo's task and measures it before and after. Prints nothing.
 
+    An earlier demo in the same folder is replaced; any other run is not touched.
+
     Args:
         output_dir: the run folder; the data files go into ``data/`` in it, the figures into ``demo.json``.
         progress: is told about the training.
@@ -83,22 +85,32 @@ def run_demo(
         bytes), ``tokens_per_second`` (while training), the numbers of rows, and the paths of run, report and rows.
 
     Raises:
-        VeneerError: whatever stops the training or the evaluation.
+        TrainError: ``output_dir`` holds a run that is not a demo.
+        VeneerError: whatever else stops the training or the evaluation.
+        KeyboardInterrupt: the training was interrupted.
     """
     from veneer.evaluate import evaluate, write_report
     from veneer.run import RunFolder
     from veneer.runtime import peak_rss_gb
     from veneer.train import train_recipe
+    from veneer.train.record import check_output
 
     folder = RunFolder(Path(output_dir).expanduser().absolute())
     counts = {"train_rows": train_rows, "validation_rows": validation_rows, "heldout_rows": heldout_rows}
     began = time.perf_counter()
+    demo_before = (folder.path / "data" / "heldout.jsonl").exists()
+    check_output(folder, resume=False, overwrite=demo_before)
+    (folder.path / "demo.json").unlink(missing_ok=True)
     data = write_data(folder.path / "data", seed=seed, **counts)
     recipe = demo_recipe(folder.path, data, overrides)
 
     training_began = time.perf_counter()
-    train_recipe(recipe, progress=progress)
+    trained = train_recipe(recipe, overwrite=demo_before, progress=progress)
     train_seconds = time.perf_counter() - training_began
+    if trained.interrupted:
+        raise KeyboardInterrupt
+    tokens_per_second = trained.training["tokens_per_second"]
+    del trained  # the adapter is read back from the folder: the figures are those of the files on disk
 
     evaluation = evaluate(
         folder.path,
@@ -107,7 +119,7 @@ def run_demo(
         max_new_tokens=recipe.eval.max_new_tokens,
         progress=evaluation_progress,
     )
-    write_json(folder.eval_folder / "heldout.json", evaluation.to_dict())
+    evaluation.save(folder.eval_folder / "heldout.json")
     write_report(folder.path)
 
     result: dict[str, Any] = {
@@ -117,7 +129,7 @@ def run_demo(
         "total_seconds": round(time.perf_counter() - began, 1),
         "adapter_mb": round((folder.adapter / "adapter_model.safetensors").stat().st_size / 1e6, 2),
         "peak_rss_gb": round(peak_rss_gb(), 2),
-        "tokens_per_second": round(_tokens_per_second(folder.metrics_path), 1),
+        "tokens_per_second": round(tokens_per_second, 1),
         **counts,
         "base": recipe.base,
         "run": str(output_dir),
@@ -126,10 +138,3 @@ def run_demo(
     }
     write_json(folder.path / "demo.json", result)
     return result
-
-
-def _tokens_per_second(metrics: Path) -> float:
-    """Tokens (not padding) over the seconds of the optimizer steps."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "tokens_per_second" in line]
-    return float(sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps))
