@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
-from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike
+from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
 from veneer.adapters.slots import base_modules
-from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve
+from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve, stable_patterns
 from veneer.errors import AdapterError, StorageError
 from veneer.files import atomic_folder, write_json
 
@@ -145,6 +145,7 @@ def _file_config(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
     if config.target_modules == ALL_LINEAR:
         # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant.
         data["target_modules"] = compact_targets(module, config, plan)
+    data["rank_pattern"], data["alpha_pattern"] = stable_patterns(config, plan)
     # Whole paths mean the same to PEFT, which would take 'norm' for every module whose name ends in it.
     data["modules_to_save"] = sorted(plan.saved) or None
     if isinstance(config.trainable_token_indices, Mapping):
@@ -158,7 +159,7 @@ def _file_config(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
     return data
 
 
-def _check_base(folder: Path, identity: Any) -> None:
+def _check_base(folder: Path, identity: IdentityLike) -> None:
     recorded = read_record(folder).get("base") or {}
     expected, actual = recorded.get("weight_hash"), identity.weight_hash
     if expected and actual and expected != actual:

@@ -141,6 +141,21 @@ def compact_targets(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str
     return short if same else sorted(paths)
 
 
+def stable_patterns(config: LoraConfig, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
+    """``rank_pattern`` and ``alpha_pattern`` that decide the same in sorted order.
+
+    The first match wins, but a file's keys are sorted (PEFT's too, which may then scale a reloaded adapter otherwise
+    than the trained one). Where that would change a decision, every module is named by its whole path.
+    """
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    paths = [target.path for target in plan.lora]
+    if any(pattern_for(ranks, path) != pattern_for(sorted(ranks), path) for path in paths):
+        ranks = {re.escape(target.path): target.r for target in plan.lora if target.r != config.r}
+    if any(pattern_for(alphas, path) != pattern_for(sorted(alphas), path) for path in paths):
+        alphas = {re.escape(t.path): t.lora_alpha for t in plan.lora if t.lora_alpha != config.lora_alpha}
+    return ranks, alphas
+
+
 def inside(path: str, parents: Collection[str]) -> bool:
     """Whether ``path`` is one of ``parents`` or lies below one."""
     return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
