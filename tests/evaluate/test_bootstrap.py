@@ -81,7 +81,7 @@ def test_a_perplexity_beyond_all_floats_stays_finite() -> None:
 
 @pytest.mark.parametrize("values", [[], [[1.0]], [float("nan")]])
 def test_values_that_have_no_mean_are_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="row|finite"):
+    with pytest.raises(ValueError, match=r"row|finite"):
         bootstrap_mean(values)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError, UsageError, did_you_mean
+from veneer.evaluate.metrics import METRICS, resolve_metric
 from veneer.files import write_text
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Evaluation:
         """One sentence: what was measured on how many rows, before and after, with the interval."""
         name = self.headline(name)
         result = self.metrics[name]
-        rows = f"{result.rows:,} held-out row" + ("s" if result.rows != 1 else "")
+        rows = plural(result.rows, "held-out row")
         now = format_value(name, result.value)
         if result.base_value is None or result.difference is None:
             interval = f"{format_value(name, result.low)} to {format_value(name, result.high)}"
@@ -168,16 +169,16 @@ class Evaluation:
         return table
 
     def _caption(self) -> str:
-        parts = [f"{len(self.rows):,} rows of {self.data_source}" if self.data_source else f"{len(self.rows):,} rows"]
+        parts = [plural(len(self.rows), "row") + (f" of {self.data_source}" if self.data_source else "")]
         hidden = len(self.metrics) - len(shown_metrics(self.metrics))
         if hidden:
-            parts.append(f"{hidden:,} more fields in the JSON file")
+            parts.append(plural(hidden, "more field") + " in the JSON file")
         if self.cut:
-            parts.append(f"{self.cut:,} answers cut at {self.max_new_tokens} tokens")
+            parts.append(plural(self.cut, "answer") + f" cut at {self.max_new_tokens} tokens")
         if self.base_cut:
             parts.append(f"{self.base_cut:,} of the base's")
         if self.too_long:
-            parts.append(f"{self.too_long:,} rows too long for the perplexity")
+            parts.append(plural(self.too_long, "row") + " too long for the perplexity")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -190,7 +191,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON-able values; :meth:`from_dict` reads it back."""
-        return {"format": FORMAT, **asdict(self), "cut": self.cut, "base_cut": self.base_cut}
+        # The order of the metrics (the first is the headline) stands by itself: writers of JSON may sort the keys.
+        counts = {"cut": self.cut, "base_cut": self.base_cut}
+        return {"format": FORMAT, "order": list(self.metrics), **asdict(self), **counts}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], where: str | None = None) -> Evaluation:
@@ -203,7 +206,8 @@ class Evaluation:
             raise DataError("this is no evaluation that Veneer wrote", where=where, fix="run veneer eval again")
         body = {key: item for key, item in value.items() if key not in ("format", "cut", "base_cut")}
         try:
-            metrics = {name: MetricResult(**result) for name, result in body.pop("metrics").items()}
+            found = body.pop("metrics")
+            metrics = {name: MetricResult(**found[name]) for name in body.pop("order")}
             rows = [RowResult(**row) for row in body.pop("rows")]
             if not metrics:
                 raise KeyError("metrics")
@@ -214,7 +218,7 @@ class Evaluation:
             ) from error
 
     def save(self, path: str | Path) -> Path:
-        """Writes :meth:`to_dict` as JSON, atomically, the metrics in the order in which they were asked for.
+        """Writes :meth:`to_dict` as JSON, atomically.
 
         Raises:
             StorageError: the file cannot be written.
@@ -262,14 +266,17 @@ def is_rate(name: str) -> bool:
 
 
 def label(name: str) -> str:
-    """A metric's name as a sentence begins with it: ``exact_match`` is "Exact match"."""
-    if name.startswith("regex:"):
-        return f"Match at /{name.removeprefix('regex:')}/"
-    special = {"json": "JSON", "f1": "F1", "rouge": "ROUGE", "l": "L"}
+    """A metric's name as a sentence begins with it; a field stands behind its metric."""
+    if name in METRICS or name.startswith("regex:"):
+        return resolve_metric(name).title
     parent, dot, part = name.partition(".")
-    words = [special.get(word, word) for word in parent.split("_")]
-    text = " ".join(words).replace("ROUGE L", "ROUGE-L")
-    return text[:1].upper() + text[1:] + dot + part
+    title = METRICS[parent].title if parent in METRICS else parent.replace("_", " ").capitalize()
+    return title + dot + part
+
+
+def plural(count: int, thing: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def format_value(name: str, value: float) -> str:

@@ -27,12 +27,13 @@ REGEX_PREFIX = "regex:"
 class Metric:
     """One way to grade an answer.
 
-    ``score`` is None for ``perplexity``, which is measured from log-probabilities and not from text. ``is_graded``
-    tells a metric with shades (an overlap) from one that says right or wrong.
+    ``score`` is None for ``perplexity``, which is measured from log-probabilities and not from text. ``title`` names
+    the metric in a sentence. ``is_graded`` tells a metric with shades (an overlap) from one that says right or wrong.
     """
 
     name: str
     score: Callable[[str, str], Scores] | None
+    title: str
     description: str
     higher_is_better: bool = True
     is_graded: bool = False
@@ -217,16 +218,22 @@ def rouge_l(prediction: str, reference: str) -> float:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("exact_match", exact_match, "the same text"),
-        Metric("normalized_match", normalized_match, "the same but for case, punctuation and articles"),
-        Metric("contains", contains, "the reference stands in the answer"),
-        Metric("number_match", number_match, "the same last number"),
-        Metric("json_valid", json_valid, "the answer is strict JSON"),
-        Metric("json_exact", json_exact, "the same JSON value"),
-        Metric("json_fields", json_fields, "share of the reference's fields that are right", is_graded=True),
-        Metric("token_f1", token_f1, "words shared with the reference", is_graded=True),
-        Metric("rouge_l", rouge_l, "longest common subsequence with the reference", is_graded=True),
-        Metric("perplexity", None, "of the reference answer given the prompt", higher_is_better=False, is_graded=True),
+        Metric("exact_match", exact_match, "Exact match", "the same text"),
+        Metric("normalized_match", normalized_match, "Normalised match", "the same but for case and punctuation"),
+        Metric("contains", contains, "Containment", "the reference stands in the answer"),
+        Metric("number_match", number_match, "Number match", "the same last number"),
+        Metric("json_valid", json_valid, "Valid JSON", "the answer is strict JSON"),
+        Metric("json_exact", json_exact, "Exact JSON match", "the same JSON value"),
+        Metric(
+            "json_fields",
+            json_fields,
+            "JSON field accuracy",
+            "share of the fields that are right",
+            is_graded=True,
+        ),
+        Metric("token_f1", token_f1, "Token F1", "words shared with the reference", is_graded=True),
+        Metric("rouge_l", rouge_l, "ROUGE-L", "longest common subsequence with the reference", is_graded=True),
+        Metric("perplexity", None, "Perplexity", "of the reference answer given the prompt", False, is_graded=True),
     )
 }
 
@@ -247,7 +254,7 @@ def resolve_metric(name: str) -> Metric:
             raise UsageError(
                 f"'{text}' is no regular expression: {error}", where=f"metric {name}", fix="mend the pattern"
             ) from error
-        return Metric(name, functools.partial(regex_match, pattern), f"the same text at /{text}/")
+        return Metric(name, functools.partial(regex_match, pattern), f"Match at /{text}/", f"the same text at /{text}/")
     known = [*METRICS, "regex:PATTERN"]
     if name.rstrip(":") == "regex":
         hint = "write regex:PATTERN, for example regex:answer is (\\w+)"
