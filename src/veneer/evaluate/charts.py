@@ -140,16 +140,17 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
 
 
 def number(value: float, ticks: Sequence[float] = ()) -> str:
-    """A tick's label, with as many decimals as the distance of the ticks asks for."""
+    """A value as a label: among ticks with as many decimals as their distance asks for, alone with three figures."""
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=abs(value))
     if value == 0:
         return "0"
     if abs(value) < 1e-3 or abs(value) >= 1e7:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    decimals = 0 if step >= 1 and step == int(step) else max(0, 1 - math.floor(math.log10(step or 1)))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text and not ticks else text
+    if not ticks:  # three significant figures of a value that stands alone
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    decimals = next((d for d in range(7) if math.isclose(round(step, d), step, rel_tol=1e-6)), 7)
+    return f"{value:,.{decimals}f}"
 
 
 def _axis(low: float, high: float, from_zero: bool) -> tuple[float, float, list[float]]:
