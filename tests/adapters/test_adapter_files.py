@@ -88,6 +88,11 @@ def test_the_file_says_that_it_is_torchs_and_holds_contiguous_float32(saved):
     assert {t.dtype for t in load_file(saved.folder / WEIGHTS).values()} == {torch.float32}
 
 
+def test_the_weights_can_be_read_by_whoever_can_read_the_config(saved):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in saved.folder.iterdir()}
+    assert modes[WEIGHTS] == modes[CONFIG]
+
+
 def test_the_record_names_the_base_and_keeps_extra_notes(llama, tmp_path):
     adapted = attach(Base(llama()), LoraConfig(r=2))
     folder = adapted.save(tmp_path / "a", extra={"recipe": "x.yaml"})

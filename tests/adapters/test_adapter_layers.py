@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from veneer.adapters import LoraEmbedding, LoraLinear, SavedModule, TokenEmbedding, TokenHead, frozen_operands
+from veneer.adapters import LoraEmbedding, LoraLinear, SavedModule, TokenEmbedding, TokenHead
 from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter
 from veneer.adapters.tokens import head_with_rows, head_with_rows_reference
@@ -288,18 +288,6 @@ def test_a_saved_module_answers_with_the_acting_copy():
     assert trained.weight.grad.dtype == torch.float32
     with pytest.raises(AttributeError):
         _ = layer.no_such_thing
-
-
-def test_operands_are_given_out_only_where_no_adapter_acts():
-    base = frozen(nn.Linear(4, 4))
-    assert frozen_operands(base)[0] is base.weight
-    layer = LoraLinear(base)
-    layer.add("a", 2, 1.0, 0.0)
-    assert frozen_operands(layer)[0] is base.weight
-    layer.active = ("a",)
-    assert frozen_operands(layer) is None
-    assert frozen_operands(nn.Linear(4, 4)) is None  # not frozen
-    assert frozen_operands(nn.LayerNorm(4)) is None
 
 
 # How adapters start

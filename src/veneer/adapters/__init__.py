@@ -7,7 +7,7 @@ from veneer.adapters.merge import MergeReport, merge, merge_report
 from veneer.adapters.model import AdaptedModel, BaseLike, attach
 from veneer.adapters.save import load_adapter, read_adapter, read_record, save_adapter
 from veneer.adapters.saved import SavedModule
-from veneer.adapters.slots import base_modules, frozen_operands
+from veneer.adapters.slots import base_modules
 from veneer.adapters.targets import Plan, resolve
 from veneer.adapters.tokens import TokenEmbedding, TokenHead
 
@@ -27,7 +27,6 @@ __all__ = [
     "TokenHead",
     "attach",
     "base_modules",
-    "frozen_operands",
     "load_adapter",
     "merge",
     "merge_report",

@@ -143,7 +143,7 @@ class LoraConfig:
             _positive_number(f"alpha_pattern[{pattern!r}]", alpha)
         if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
             raise _wrong("lora_dropout", self.lora_dropout, "give a probability from 0 to below 1")
-        if self.init_lora_weights not in INITS:
+        if not isinstance(self.init_lora_weights, (bool, str)) or self.init_lora_weights not in INITS:
             known = [str(i) for i in INITS]
             hint = did_you_mean(str(self.init_lora_weights), known) or f"use one of {', '.join(known)}"
             raise _wrong("init_lora_weights", self.init_lora_weights, hint)
@@ -171,6 +171,8 @@ class LoraConfig:
                     raise _wrong(name, entry, "give names of modules, as text")
         regexes = [(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")]
         regexes += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
+        patterns = self.layers_pattern if isinstance(self.layers_pattern, tuple) else (self.layers_pattern,)
+        regexes += [("layers_pattern", pattern) for pattern in patterns]
         for name, pattern in regexes:
             if isinstance(pattern, str):
                 try:

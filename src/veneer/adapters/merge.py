@@ -57,7 +57,7 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
     changes = [slot.merged(names) for _, slot in found]
     for (path, _), change in zip(found, changes):
         for key, tensor in change.items():
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 raise AdapterError(
                     f"the merged weight is not finite in {tensor.dtype}",
                     where=f"{path}.{key}",
@@ -114,6 +114,14 @@ def _logits(module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None)
     return logits.float()
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """One pass: the extremes are NaN where any element is."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(low.isfinite() & high.isfinite())
+
+
 def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """The parameters that hang in more than one place, with their places."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -130,12 +138,12 @@ def _replace(layer: nn.Module, key: str, tensor: Tensor, made: dict[int, list[nn
     owner = layer.get_submodule(path)
     old = owner._parameters.get(attribute)
     if old is None:
-        owner._buffers[attribute] = tensor.clone()
+        owner._buffers[attribute] = tensor
         return
     alternatives = made.setdefault(id(old), [])
     new = next((p for p in alternatives if torch.equal(p, tensor)), None)
     if new is None:
-        new = nn.Parameter(tensor.clone(), requires_grad=False)
+        new = nn.Parameter(tensor, requires_grad=False)
         alternatives.append(new)
     owner._parameters[attribute] = new
 

@@ -308,7 +308,10 @@ class AdaptedModel:
         if name in self.configs:
             raise AdapterError(f"there is an adapter '{name}' already", fix="give this one another name")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
-            raise AdapterError(f"'{name}' cannot be an adapter's name", fix="use letters, digits, - and _")
+            raise AdapterError(
+                f"'{name}' cannot be an adapter's name",
+                fix="use letters, digits, - and _, and no name of torch's own (keys, type, ...)",
+            )
 
     def _check_places(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
         """Layers of different kinds do not nest, whichever adapters they belong to."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import veneer
+from veneer import __version__
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
 from veneer.adapters.slots import base_modules
@@ -52,7 +52,7 @@ def save_adapter(
             what = f"the folder holds other files ({', '.join(strangers[:3])})"
             raise StorageError(what, where=str(target), fix="save the adapter in a folder of its own")
     identity = None if adapted.base is None else adapted.base.identity.to_dict()
-    record = {**(extra or {}), "base": identity, "veneer_version": veneer.__version__}
+    record = {**(extra or {}), "base": identity, "veneer_version": __version__}
     with atomic_folder(target) as temporary:
         write_json(temporary / CONFIG, _file_config(adapted, name))
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

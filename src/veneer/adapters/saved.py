@@ -53,11 +53,11 @@ class SavedModule(nn.Module):
         return dict(self.adapters[name].state_dict(keep_vars=True)) if name in self.adapters else {}
 
     def merged(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The active copy's tensors in the base's dtypes."""
+        """A copy of the adapter's tensors in the base's dtypes."""
         for name in names:
             if name in self.adapters:
                 base = self.base_layer.state_dict()
-                return {key: value.detach().to(base[key].dtype) for key, value in self.tensors(name).items()}
+                return {key: value.detach().to(base[key].dtype, copy=True) for key, value in self.tensors(name).items()}
         return {}
 
     def __getattr__(self, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapters.layers import LoraEmbedding, LoraLinear
 from veneer.adapters.saved import SavedModule
@@ -50,16 +50,3 @@ def places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if child is not None:
                 found.setdefault(id(child), []).append((parent, name))
     return found
-
-
-def frozen_operands(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """``(weight [out, in], bias [out] or None)`` where ``module`` computes just ``W x + b`` now, ``W`` frozen.
-
-    None where an adapter acts on it, or where it is no plain linear: then it has to be called. A fused operation that
-    reads a weight (the loss over an output head) asks here first, so that it never skips an adapter.
-    """
-    if isinstance(module, SLOTS) and not module.active:
-        module = module.base_layer
-    if type(module) is not nn.Linear or module.weight.requires_grad or module._forward_hooks:
-        return None
-    return module.weight, module.bias
