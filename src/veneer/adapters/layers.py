@@ -127,7 +127,7 @@ class LoraLinear(nn.Module):
         if not factors:
             return self.base_layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         only = factors[0]
-        if len(factors) == 1 and not only.dropout and self._is_plain(x):
+        if len(factors) == 1 and not only.dropout and self.is_plain(x):
             weight = self.weight.t() if self.transposed else self.weight
             return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling)
         y: Tensor = self.base_layer(x)
@@ -137,7 +137,7 @@ class LoraLinear(nn.Module):
             y = y + (f.scaling * F.linear(h, f.B.to(x.dtype))).to(y.dtype)
         return y
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def is_plain(self, x: Tensor) -> bool:
         """The base layer computes ``W x + b`` and nothing else: no hook, no forward of its own, no cast on the way."""
         base = self.base_layer
         return (

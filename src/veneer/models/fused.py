@@ -45,7 +45,7 @@ class FusedGatedMlp(nn.Module):
         self._act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [_low_rank(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        parts = [_low_rank(layer, x) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
         gate, up, down = parts
         if gate is None or up is None or down is None:
             out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -53,15 +53,14 @@ class FusedGatedMlp(nn.Module):
         return gated_mlp(x, gate, up, down, self._act)
 
 
-def _low_rank(layer: nn.Module) -> LowRankLinear | None:
+def _low_rank(layer: nn.Module, x: Tensor) -> LowRankLinear | None:
     """The operands of a linear that carries exactly one active adapter and no dropout in force; else None."""
-    if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
+    if not isinstance(layer, LoraLinear) or layer.transposed or not layer.is_plain(x):
         return None
     factors = layer.active_factors()
-    if len(factors) != 1 or (factors[0].dropout > 0 and layer.training):
+    if len(factors) != 1 or factors[0].dropout:
         return None
-    base, only = layer.base_layer, factors[0]
-    return LowRankLinear(base.weight, base.bias, only.A, only.B, only.scaling)
+    return LowRankLinear(layer.weight, layer.bias, factors[0].A, factors[0].B, factors[0].scaling)
 
 
 @dataclass
