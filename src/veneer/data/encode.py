@@ -90,6 +90,8 @@ class Encoder:
         places = []
         for span in document.spans:
             first = _token_at(encoding, span.start, len(ids))
+            if first < len(ids) and ids[first] in self.added and encoding.token_to_chars(first)[0] < span.start:
+                first += 1  # Phi-3's <|assistant|> takes white space behind it along, the answer's own too
             if not self._border_is_clean(document.text, ids, encoding, first, span.start):
                 return self._place_in_pieces(document, ids)
             places.append((first, self._stop(ids, encoding, span, span.stop, document)))
@@ -169,7 +171,8 @@ class Encoder:
                 continue
             ids, places, _ = result
             for (first, stop), span in zip(places, document.spans):
-                if sum(token in (span.stop_id, self.eos_id) for token in ids[first : stop + 1]) != 1:
+                run = ids[first : stop + 1]
+                if sum(run.count(token) for token in {span.stop_id, self.eos_id}) != 1:
                     results[index] = RowRefused(
                         "a trained turn holds more than one stop token", "remove it from the text"
                     )
@@ -195,7 +198,7 @@ def _example(document: Document, ids: list[int], places: list[tuple[int, int]], 
 
 
 def _token_at(encoding: Any, char: int, count: int) -> int:
-    """The first token that covers ``char`` or comes after it (some tokenizers count leading white space to no token)."""
+    """The first token that covers ``char`` or comes after it (white space may count to no token)."""
     token = encoding.char_to_token(char)
     if token is not None:
         return int(token)

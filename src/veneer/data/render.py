@@ -104,8 +104,8 @@ def render(
     glued = [row.row_id for row in conversations if renderer.template is None and runs_together(row)]
     if glued:
         stats.warnings.append(
-            "there is no chat template, so prompt and completion are joined as they stand: no white space between them in "
-            f"{_rows(len(glued))} ({named(glued)})"
+            "there is no chat template, so prompt and completion are joined as they stand: "
+            f"no white space between them in {_rows(len(glued))} ({named(glued)})"
         )
     return TokenDataset.from_examples(examples, stats)
 

@@ -153,7 +153,7 @@ def recognise(present: list[str], where: str, format: str = "auto", columns: Map
         f"no known shape has the columns {_listed(present)}",
         where=where,
         fix=(
-            "say which columns hold the prompt and the answer, such as columns: {prompt: question, completion: answer}; "
+            "say which columns hold the prompt and the answer, as in columns: {prompt: question, completion: answer}; "
             "known shapes: messages, conversations (ShareGPT), instruction/output (Alpaca), prompt/completion, text"
         ),
     )
@@ -188,7 +188,7 @@ def _refuse_labelled_text(present: list[str], where: str) -> None:
         raise DataError(
             f"there is a 'text' column and a '{label}' column: raw text, or texts to be labelled?",
             where=where,
-            fix=f"write columns: {{prompt: text, completion: {label}}} to learn the labels, or format: text for raw text",
+            fix=f"write columns: {{prompt: text, completion: {label}}} to learn labels, or format: text for raw text",
         )
 
 

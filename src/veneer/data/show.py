@@ -22,12 +22,14 @@ _HTML_PLAIN = "color:#6c757d"
 
 def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """The example's text, cut where training begins and ends: ``[(text, trained), ...]``, control tokens shown."""
+    ids: list[int] = example.input_ids.tolist()
     edges = np.flatnonzero(np.diff(example.trained.astype(np.int8))) + 1
     cuts = [0, *edges.tolist(), len(example)]
-    decode = tokenizer.backend_tokenizer.decode
+    # Some decoders drop the space before the first token they are given: so a stretch is what it adds to all before it.
+    texts = [str(tokenizer.backend_tokenizer.decode(ids[:cut], skip_special_tokens=False)) for cut in cuts]
     return [
-        (decode(example.input_ids[a:b].tolist(), skip_special_tokens=False), bool(example.trained[a]))
-        for a, b in itertools.pairwise(cuts)
+        (texts[index + 1][len(texts[index]) :], bool(example.trained[a]))
+        for index, (a, b) in enumerate(itertools.pairwise(cuts))
         if b > a
     ]
 
@@ -51,12 +53,14 @@ def show(dataset: TokenDataset, tokenizer: Any, n: int = 3, indices: Sequence[in
     for index in indices if indices is not None else range(min(n, len(dataset))):
         example = dataset.row(index)
         trained = int(example.trained.sum())
-        parts.append(Rule(f"{example.row_id}: {len(example):,} tokens, {trained:,} trained", align="left"))
+        # A Text, not a str: rich would read the brackets of a row id as markup.
+        title = Text(f"{example.row_id}: {len(example):,} tokens, {trained:,} trained")
+        parts.append(Rule(title, align="left"))
         body = Text()
         for text, is_trained in stretches(example, tokenizer):
             body.append(f"⟦{text}⟧" if is_trained else text, style=_TRAINED_STYLE if is_trained else _PLAIN_STYLE)
         parts.append(body)
-    parts.append(Text("⟦ trained ⟧", style=_TRAINED_STYLE) + Text("  everything else is context", style=_PLAIN_STYLE))
+    parts.append(Text.assemble(("⟦ trained ⟧", _TRAINED_STYLE), ("  everything else is context", _PLAIN_STYLE)))
     return Group(*parts)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from veneer.data.conversation import Conversation, Message
-from veneer.data.templates import MARK_CLOSE, MARK_OPEN, ChatTemplate, TemplateFailure, any_of, special_tokens
+from veneer.data.templates import MARK_CLOSE, MARK_OPEN, ChatTemplate, TemplateFailure
 
 TrainOn = Literal["all", "last", "prompt-too"]
 
@@ -63,7 +63,7 @@ class Document:
 
 
 def trained_turns(row: Conversation, train_on: TrainOn) -> list[int]:
-    """Indices of the messages to train on: a turn's own flag decides, else ``train_on``; empty turns only on request."""
+    """Indices of the messages to train on: its own flag decides, else ``train_on``; empty turns only on request."""
     turns = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
     chosen = []
     for index in turns:
@@ -188,8 +188,8 @@ def _span(template: ChatTemplate, row: Conversation, index: int, rendered: _Rend
     """The span of turn ``index`` in a rendering that ends with it."""
     text, blocks = rendered
     start, block_end = _start(template, row, index, text, blocks)
-    ends = {end.token: end for end in template.turn_ends}
-    match = re.compile(any_of(ends)).search(text, start)
+    ends = {end.token: end.token_id for end in template.turn_ends}
+    match = template.stop_pattern.search(text, start)
     place = f"turn {index + 1}"
     if match is None:
         raise RowRefused(
@@ -203,13 +203,13 @@ def _span(template: ChatTemplate, row: Conversation, index: int, rendered: _Rend
             "use a chat template whose {% generation %} block ends with the turn",
         )
     # After the stop token a template writes white space, and may close the text with special tokens (Phi-3: an eos).
-    rest = re.sub(any_of(special_tokens(template.tokenizer)), "", text[match.end() :])
+    rest = template.special_pattern.sub("", text[match.end() :])
     if rest.strip():
         raise RowRefused(
             f"the chat template writes more after the stop token of {place}: {_snippet(rest)}",
             "use a chat template that ends the turn with its stop token",
         )
-    return Span(start, match.start(), match.end(), ends[match.group()].token_id)
+    return Span(start, match.start(), match.end(), ends[match.group()])
 
 
 def _start(

@@ -205,6 +205,16 @@ class ChatTemplate:
         return tuple(dict.fromkeys((self.turn_end, self.tool_turn_end)))
 
     @functools.cached_property
+    def stop_pattern(self) -> re.Pattern[str]:
+        """Matches any token that ends a turn."""
+        return re.compile(any_of(end.token for end in self.turn_ends))
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any control token of the tokenizer (nothing where it has none)."""
+        return re.compile(any_of(special_tokens(self.tokenizer)) or "(?!)")
+
+    @functools.cached_property
     def generation_prompt(self) -> str:
         """What the template writes to open an assistant turn, after a user's turn ("" where it writes nothing)."""
         user = [{"role": "user", "content": "Hello"}]
