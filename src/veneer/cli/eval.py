@@ -47,7 +47,7 @@ def evaluate(
     Metrics: exact_match, normalized_match, contains, number_match, regex:PATTERN, json_valid, json_exact, json_fields,
     token_f1, rouge_l, perplexity.
     """
-    from veneer.cli.output import console, print_json, say, stdout_reserved
+    from veneer.cli.output import console, print_json, say, short_path, stdout_reserved
     from veneer.cli.progress import Counter
     from veneer.run import is_run, load_model, open_run
 
@@ -86,7 +86,7 @@ def evaluate(
     console().print(result.table())
     print(result.verdict())
     if saved is not None:
-        print(f"rows: {saved}")
+        print(f"rows: {short_path(saved)}")
 
 
 def _metrics(given: list[str] | None, run: Run | None) -> list[str]:

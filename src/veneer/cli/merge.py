@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold an adapter into its base and write a plain model; the drift from the adapted one is measured and printed."""
-    from veneer.cli.output import print_json, stdout_reserved
+    from veneer.cli.output import print_json, short_path, stdout_reserved
 
     with stdout_reserved(json):
         from veneer.ship import merge_model
@@ -39,5 +40,6 @@ def merge(
         print_json(merged.to_dict())
         return
     print(merged.report)
-    print(f"model: {merged.folder} ({merged.bytes / 1e6:,.0f} MB)")
-    print(f"next:  veneer chat {merged.folder}")
+    folder = short_path(merged.folder)
+    print(f"model: {folder} ({merged.bytes / 1e6:,.0f} MB)")
+    print(f"next:  veneer chat {shlex.quote(folder)}")

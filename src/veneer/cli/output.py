@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,14 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """A line for people: on stderr, so that it is in nobody's way."""
     print(text, file=sys.stderr, flush=True)
+
+
+def short_path(path: Path) -> str:
+    """Relative to the working directory where it is below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def print_json(value: Any) -> None:

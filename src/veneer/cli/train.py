@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,8 +53,6 @@ def train(
 
 
 def _is_main_process() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -73,9 +72,10 @@ def _document(result: TrainResult) -> dict[str, object]:
 
 
 def _print_result(result: TrainResult, loaded: Recipe, recipe: Path, overrides: list[str]) -> None:
+    from veneer.cli.output import short_path
     from veneer.cli.progress import duration
 
-    run = _shortest(result.path)
+    run = short_path(result.path)
     if result.interrupted:
         again = shlex.join(["veneer", "train", str(recipe), *overrides, "--resume"])
         print(f"interrupted after step {result.steps}; the checkpoint is written\nnext:    {again}")
@@ -89,14 +89,6 @@ def _print_result(result: TrainResult, loaded: Recipe, recipe: Path, overrides: 
     seconds = result.training.get("seconds")
     if seconds:
         print(f"time:    {duration(seconds)}")
-    print(f"adapter: {_shortest(result.adapter)}")
-    print(f"report:  {_shortest(result.report)}")
+    print(f"adapter: {short_path(result.adapter)}")
+    print(f"report:  {short_path(result.report)}")
     print(f"next:    veneer chat {shlex.quote(run)}    veneer data show {shlex.quote(run)}")
-
-
-def _shortest(path: Path) -> str:
-    """Relative to the working directory where it is below it."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -13,6 +13,7 @@ from veneer.adapters import AdaptedModel, MergeReport, merge, merge_report
 from veneer.errors import UsageError
 from veneer.files import atomic_folder, write_json
 from veneer.models import Base, load_base
+from veneer.models.strict import quiet
 from veneer.run import is_run, load_model, open_run
 
 # What the drift is measured on: plain sentences, questions, numbers, code and another language.
@@ -94,7 +95,8 @@ def merge_model(
 
 def _write(adapted: AdaptedModel, base: Base, template: str | None, folder: Path) -> None:
     merged: Any = merge(adapted)
-    merged.save_pretrained(str(folder))
+    with quiet():
+        merged.save_pretrained(str(folder))
     before = base.tokenizer.chat_template
     try:
         if template is not None:
