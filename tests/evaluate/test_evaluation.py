@@ -61,12 +61,16 @@ def test_damaged_files_are_refused_with_their_name(tmp_path: Path) -> None:
 def test_the_verdict_says_before_after_and_interval() -> None:
     found = an_evaluation()
     assert found.verdict() == (
-        "Valid JSON on 200 held-out rows rose from 10.0 % to 90.0 % (+80.0, 95 % interval +72.0 to +87.0)."
+        "Valid JSON on 200 held-out rows rose from 10.0 % to 90.0 % (+80.0 points, 95 % interval +72.0 to +87.0)."
     )
     assert found.verdict("perplexity") == (
         "Perplexity on 200 held-out rows fell from 4.00 to 2.50 (−1.50, 95 % interval −1.70 to −1.30)."
     )
     assert found.verdict("contains").endswith(": no clear difference.")
+    same = replace(FLAT, base_value=0.5, difference=0.0, difference_low=0.0, difference_high=0.0)
+    assert Evaluation({"contains": same}, [ROW]).verdict() == (
+        "Containment on 200 held-out rows is 50.0 % before and after: no row's score changed."
+    )
     alone = replace(UP, base_value=None, difference=None, difference_low=None, difference_high=None)
     assert Evaluation({"json_valid": alone}, [ROW]).verdict() == (
         "Valid JSON on 200 held-out rows is 90.0 % (95 % interval 85.0 % to 95.0 %)."
@@ -90,7 +94,7 @@ def test_the_table_shows_all_numbers_and_what_was_cut() -> None:
     text = str(an_evaluation())
     for part in ("json_valid", "10.0 %", "90.0 %", "+80.0", "+72.0 to +87.0", "4.00", "−1.50", "1 row of rows.jsonl"):
         assert part in text
-    assert "1 of the base's" in text
+    assert "1 answer cut at 64 tokens: 0 of the adapter's, 1 of the base's" in " ".join(text.split())
     assert "\x1b" not in text
 
 

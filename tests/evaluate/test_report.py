@@ -103,7 +103,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] != ["style"]:
-            self.text += data
+            self.text += data.replace("\u00a0", " ")
 
 
 def test_the_page_tells_the_whole_run(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_page_tells_the_whole_run(tmp_path: Path) -> None:
     assert path == tmp_path / "demo" / "report.html"
     assert page.open == []
     for part in (
-        "Exact match on 4 held-out rows rose from 10.0 % to 90.0 % (+80.0, 95 % interval +72.0 to +87.0).",
+        "Exact match on 4 held-out rows rose from 10.0 % to 90.0 % (+80.0 points, 95 % interval +72.0 to +87.0).",
         "4.88 M", "4 min 43 s", "1,468", "1.94 GB", "1.5 MB",
         "Loss per trained token", "lowest 0.095 at step 20", "Learning rate", "Gradient norm", "Tokens per second",
         "Exact match, held-out",
@@ -242,6 +242,16 @@ def test_what_is_no_run_and_what_is_damaged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not JSON") as caught:
         write_report(tmp_path)
     assert str(caught.value.where).endswith("run.json")
+
+
+def test_of_several_evaluations_the_one_with_most_rows_gives_the_verdict_and_all_are_shown(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    row = RowResult("a:1", "p", "r", "a", "b", {"contains": 1.0}, {"contains": 0.0})
+    Evaluation({"contains": UP}, [row]).save(run / "eval" / "a_small_one.json")
+    page = Page(write_report(run))
+    assert "Exact match on 4 held-out rows rose" in page.text
+    assert "Before and after: a_small_one" in page.text
+    assert "Before and after: held_out" in page.text
 
 
 def test_files_in_eval_that_are_no_evaluations_are_named_and_not_shown(tmp_path: Path) -> None:

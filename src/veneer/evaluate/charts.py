@@ -144,7 +144,7 @@ def number(value: float, ticks: Sequence[float] = ()) -> str:
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=abs(value))
     if value == 0:
         return "0"
-    if abs(value) < 1e-3 or abs(value) >= 1e7:
+    if min(abs(value), step) < 1e-3 or abs(value) >= 1e7:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if not ticks:  # three significant figures of a value that stands alone

@@ -126,10 +126,13 @@ class Evaluation:
             interval = f"{format_value(name, result.low)} to {format_value(name, result.high)}"
             return f"{label(name)} on {rows} is {now} ({self._percent} interval {interval})."
         before = format_value(name, result.base_value)
+        if result.difference == result.difference_low == result.difference_high == 0:
+            return f"{label(name)} on {rows} is {now} before and after: no row's score changed."
         change = format_difference(name, result.difference)
         low = format_difference(name, result.difference_low or 0.0)
         high = format_difference(name, result.difference_high or 0.0)
-        interval = f"{change}, {self._percent} interval {low} to {high}"
+        points = " points" if is_rate(name) else ""
+        interval = f"{change}{points}, {self._percent} interval {low} to {high}"
         if result.verdict == "unclear":
             return f"{label(name)} on {rows} went from {before} to {now} ({interval}): no clear difference."
         verb = "rose" if result.difference > 0 else "fell"
@@ -173,10 +176,9 @@ class Evaluation:
         hidden = len(self.metrics) - len(shown_metrics(self.metrics))
         if hidden:
             parts.append(plural(hidden, "more field") + " in the JSON file")
-        if self.cut:
-            parts.append(plural(self.cut, "answer") + f" cut at {self.max_new_tokens} tokens")
-        if self.base_cut:
-            parts.append(f"{self.base_cut:,} of the base's")
+        if self.cut or self.base_cut:
+            whose = f": {self.cut:,} of the adapter's, {self.base_cut:,} of the base's" if self.compared else ""
+            parts.append(plural(self.cut + self.base_cut, "answer") + f" cut at {self.max_new_tokens} tokens{whose}")
         if self.too_long:
             parts.append(plural(self.too_long, "row") + " too long for the perplexity")
         return "; ".join(parts)

@@ -96,16 +96,17 @@ def marked(text: str, reference: str) -> Html:
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
-_YAML_LINE = re.compile(r"(?P<lead>\s*(?:- )?)(?P<key>[\w.-]+)(?P<rest>:.*)")
+_YAML_LINE = re.compile(r"(?P<lead>\s*(?:- )?)(?P<key>[\w.-]+)(?P<rest>:.*?)(?P<comment>\s+#.*)?")
 
 
 def yaml_html(text: str) -> Html:
-    """YAML with its keys and whole-line comments tinted."""
+    """YAML with its keys and comments tinted."""
     lines = []
     for line in text.rstrip("\n").split("\n"):
         found = _YAML_LINE.fullmatch(line)
         if found:
-            lines.append(join([found["lead"], tag("span", found["key"], class_="yaml-key"), found["rest"]]))
+            comment = tag("span", found["comment"], class_="yaml-comment") if found["comment"] else None
+            lines.append(join([found["lead"], tag("span", found["key"], class_="yaml-key"), found["rest"], comment]))
         elif line.lstrip().startswith("#"):
             lines.append(tag("span", line, class_="yaml-comment"))
         else:

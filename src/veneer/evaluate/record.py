@@ -93,10 +93,14 @@ def read_run(folder: str | PathLike[str]) -> RunRecord:
 
 
 def headline_evaluation(record: RunRecord) -> tuple[Evaluation, str] | None:
-    """The evaluation and the metric that the verdict speaks of: the recipe's metric where it was measured."""
+    """The evaluation and the metric that the verdict speaks of.
+
+    The evaluation is one with a base beside the adapter, of the most rows; the metric is the recipe's where it was
+    measured.
+    """
     if not record.evaluations:
         return None
-    chosen = next((e for e in record.evaluations.values() if e.compared), next(iter(record.evaluations.values())))
+    chosen = max(record.evaluations.values(), key=lambda found: (found.compared, len(found.rows)))
     settings = record.section("recipe").get("eval")
     wanted = settings.get("metric_for_best") if isinstance(settings, dict) else None
     return chosen, wanted if wanted in chosen.metrics else chosen.headline()

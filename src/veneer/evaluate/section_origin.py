@@ -45,7 +45,9 @@ _ELSEWHERE = {"warnings"}
 
 def data_summary(record: RunRecord) -> Html:
     """The data in numbers, one column per split."""
-    splits = {name: value for name, value in record.section("data").items() if isinstance(value, dict)}
+    data = record.section("data")
+    names = sorted(data, key=lambda name: (name != "train", name))
+    splits = {name: data[name] for name in names if isinstance(data[name], dict)}
     if not splits:
         return Html("")
     flat = {name: _flat_data(value) for name, value in splits.items()}
@@ -109,12 +111,19 @@ def provenance(record: RunRecord) -> Html:
     """Where everything came from, and what it ran on."""
     info = record.info
     pairs: list[tuple[str, Html]] = []
-    pairs += [(f"base {key.replace('_', ' ')}", _value(value)) for key, value in record.section("base").items()]
+    base = record.section("base")
+    first = ("name", "revision", "weight_hash", "tokenizer_hash", "template_hash")
+    ordered = [*(key for key in first if key in base), *(key for key in base if key not in first)]
+    pairs += [("base" if key == "name" else key.replace("_", " "), _value(base[key])) for key in ordered]
     for key in ("seed", "status", "started", "finished", "processes"):
         if key in info:
             pairs.append((key, _value(info[key])))
-    pairs += [(f"{key} version", _value(value)) for key, value in record.section("versions").items()]
-    pairs += [(key.replace("_", " "), _value(value)) for key, value in record.section("hardware").items()]
+    versions = (tag("span", f"{key} {value}", class_="nowrap") for key, value in record.section("versions").items())
+    pairs.append(("versions", join(versions, ", ")))
+    for key, value in record.section("hardware").items():
+        gigabytes = key.endswith("_gb") and isinstance(value, int | float)
+        shown = esc(f"{value:,.1f} GB") if gigabytes else _value(value)
+        pairs.append((key.removesuffix("_gb").replace("_", " "), shown))
     for name, evaluation in record.evaluations.items():
         told = f"eval/{name}.json: {len(evaluation.rows):,} rows"
         if evaluation.seconds:

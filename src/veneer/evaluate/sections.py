@@ -74,7 +74,8 @@ def hero(record: RunRecord) -> Html:
 
 
 def _unbroken(sentence: str) -> Html:
-    """The sentence, never broken at the hyphen of "held-out"."""
+    """The sentence, never broken at the hyphen of "held-out" nor before a per cent sign."""
+    sentence = sentence.replace(" %", "\u00a0%")
     return Html(esc(sentence).replace("held-out", tag("span", "held-out", class_="nowrap")))
 
 
