@@ -136,7 +136,7 @@ def _is_out_of_memory(error: BaseException, text: str) -> bool:
 
 def _in_words(text: str) -> str:
     """How much was asked for, where the allocator says it."""
-    asked = re.search(r"tried to allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text, re.IGNORECASE)
+    asked = re.search(r"tried to allocate (\d+ bytes|[\d.]+ ?[KMGT]?i?B)", text, re.IGNORECASE)
     return f": {asked.group(1)} more were needed" if asked else ""
 
 
