@@ -38,15 +38,18 @@ def demo_table(result: Mapping[str, Any]) -> RenderableType:
         f"{_minutes(result['total_seconds'])} in all; {result['tokens_per_second']:,.0f} tokens/s; "
         f"adapter {result['adapter_mb']:.1f} MB; peak memory {result['peak_rss_gb']:.1f} GB"
     )
-    commands = Table.grid(padding=(0, 2))
-    for command, what in (
-        (f"veneer chat {run}", "talk to it; /base and /adapter switch"),
-        (f"veneer data show {run}", "what was trained, token by token"),
-        (f"veneer eval {run} --data {result['heldout']} --metrics json_exact", "measure it again"),
-        ("veneer train recipe.yaml data.train=YOUR.jsonl", "your own data"),
+    commands = Text("What to type next:")
+    for what, command in (
+        ("talk to it; /base and /adapter switch", f"veneer chat {run}"),
+        ("see what was trained, token by token", f"veneer data show {run}"),
+        ("measure it again", f"veneer eval {run} --data {result['heldout']} --metrics json_exact"),
+        (
+            "train on your own data (prompt and completion, or messages, per line)",
+            f"veneer train {run}/recipe.yaml data.train=YOUR.jsonl data.eval=0.1 output_dir=runs/mine",
+        ),
     ):
-        commands.add_row(Text(f"  {command}", style="cyan"), what)
-    return Group(table, facts, "", Text(f"report: {result['report']}"), "", "What to type next:", commands)
+        commands.append(f"\n  # {what}\n", style="dim").append(f"  {command}", style="cyan")
+    return Group(table, facts, "", Text(f"report: {result['report']}"), "", commands)
 
 
 def _percent(value: float | None) -> str:
