@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import veneer
+from veneer import __version__
 from veneer.errors import AdapterError, ModelError, UsageError, VeneerError, did_you_mean
 from veneer.files import write_json
 
@@ -158,7 +158,7 @@ class Run:
 
 def package_versions() -> dict[str, str]:
     """The versions of Python, Veneer and the libraries that decide numbers."""
-    found = {"python": platform.python_version(), "veneer": veneer.__version__}
+    found = {"python": platform.python_version(), "veneer": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -204,7 +204,7 @@ def load_model(
     """The model that ``spec`` stands for: a run folder, an adapter folder, or a base.
 
     Args:
-        spec: a run folder (its adapter over its base), a folder with an ``adapter_config.json``, or ``load_base``'s spec.
+        spec: a run folder (its adapter over its base), a folder with an ``adapter_config.json``, or a base.
         dtype: of the base; "auto" is the run's own choice where ``spec`` is a run.
         device: where to put it.
         base: the base to put an adapter on, where it is not the one recorded (it has moved, for example).
