@@ -74,6 +74,16 @@ def test_perplexity_is_of_all_tokens_together_and_not_a_mean_over_rows() -> None
     assert (found.value.low, found.value.high) == (pytest.approx(np.exp(1.0)), pytest.approx(np.exp(2.0)))
 
 
+def test_the_perplexitys_interval_is_that_of_resampled_rows_with_their_tokens() -> None:
+    generator = np.random.default_rng(7)
+    tokens = generator.integers(1, 200, size=40)
+    nll = tokens * generator.uniform(0.5, 3, size=40)
+    index = np.random.default_rng(3).integers(0, 40, size=(500, 40))
+    drawn = [np.exp(nll[rows].sum() / tokens[rows].sum()) for rows in index]
+    found = bootstrap_perplexity(nll, tokens, resamples=500, seed=3).value
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+
+
 def test_a_perplexity_beyond_all_floats_stays_finite() -> None:
     found = bootstrap_perplexity([1e9], [1])
     assert np.isfinite([found.value.value, found.value.low, found.value.high]).all()

@@ -254,6 +254,18 @@ def test_of_several_evaluations_the_one_with_most_rows_gives_the_verdict_and_all
     assert "Before and after: held_out" in page.text
 
 
+def test_bars_of_a_perplexity_are_measured_against_the_larger_one(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    lines_of(tmp_path, [])
+    result = MetricResult(3.0, 3.0, 3.0, 6.0, -3.0, -3.0, -3.0, 6.0, 6.0, rows=1, higher_is_better=False)
+    row = RowResult("a:1", "p", "r", None, None, {"perplexity": 3.0}, {"perplexity": 6.0})
+    Evaluation({"perplexity": result}, [row]).save(tmp_path / "eval" / "x.json")
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    base, adapter = (float(width) for width in re.findall(r'class="bar \w+"[^>]*><span style="width:([\d.]+)%', source))
+    assert base == pytest.approx(2 * adapter, abs=0.02)
+    assert 80 < base < 100
+
+
 def test_files_in_eval_that_are_no_evaluations_are_named_and_not_shown(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     (run / "eval" / "other.json").write_text("[1]", encoding="utf-8")
