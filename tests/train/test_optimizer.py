@@ -20,7 +20,7 @@ def add_gradients(named: list[tuple[str, nn.Parameter]], step: int) -> None:
     """Through autograd, as in training: the gradients are accumulated into what is there."""
     generator = torch.Generator().manual_seed(100 + step)
     for _, p in named:
-        (p * torch.randn(p.shape, generator=generator)).sum().backward()
+        (p * torch.randn(p.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

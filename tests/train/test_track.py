@@ -55,9 +55,11 @@ def test_wandb_and_trackio_get_the_recipe_flat_and_the_numbers(
     (tracker,) = open_trackers([name], tmp_path, "my-run", {"train": {"seed": 1}, "base": "b"})
     tracker.log(3, {"loss": 0.5})
     tracker.close()
-    extra = {"dir": str(tmp_path)} if name == "wandb" else {}
+    opened: dict[str, Any] = {"project": "veneer", "name": "my-run", "config": {"train.seed": 1, "base": "b"}}
+    if name == "wandb":
+        opened["dir"] = str(tmp_path)
     assert calls == [
-        ("init", {"project": "veneer", "name": "my-run", "config": {"train.seed": 1, "base": "b"}, **extra}),
+        ("init", opened),
         ("log", (3, {"loss": 0.5})),
         ("finish", None),
     ]

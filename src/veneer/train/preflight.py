@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.data.cache import prepare
 from veneer.data.conversation import Rows
@@ -161,22 +164,25 @@ def gradient_checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
     """While it is open, each decoder layer keeps its input alone and is computed again in the backward.
 
     Non-reentrant, so that it works although the embeddings are frozen: the reentrant kind silently gives no gradient
-    when its input needs none.
+    when its input needs none. transformers' own switch would make the embeddings' output need one, for good.
 
     Raises:
-        TrainError: the model does not support it.
+        TrainError: the model has no layers that can be checkpointed.
     """
     if not enabled:
         yield
         return
-    if not getattr(module, "supports_gradient_checkpointing", False):
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
         raise TrainError(
             f"{type(module).__name__} does not support gradient checkpointing",
             fix="set train.gradient_checkpointing=false",
         )
-    switch_on: Callable[..., None] = module.gradient_checkpointing_enable  # type: ignore[assignment]  # transformers' own
-    switch_on(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     try:
         yield
     finally:
-        module.gradient_checkpointing_disable()  # type: ignore[operator]  # transformers' own method
+        for layer in layers:
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func
