@@ -381,6 +381,7 @@ def test_a_disk_that_is_full_while_merging_leaves_no_model(
     done = cli("merge", bench.run_folder, "--output", small_disk / "merged")
     assert done.code == 1
     assert "the disk is full" in done.err
+    assert str(small_disk) in done.err
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
 
 

@@ -110,7 +110,8 @@ def test_the_bar_shows_loss_speed_and_steps_and_lets_messages_pass_above(
     shown = screen.getvalue()
     assert "19 rows [of 24]" in shown
     assert "step 5: held-out loss 0.2500" in shown
-    assert "warning: careful" in shown
+    assert "\x1b[33mwarning: careful\x1b[0m" in shown
+    assert "\x1b[33mtiny" not in shown, "the warning's colour must stay with the warning"
     assert "5/10" in shown
     assert "loss 1.2500  1,234 tokens/s  ~5 s left" in shown
 

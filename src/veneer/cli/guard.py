@@ -23,6 +23,7 @@ _TRAIN_LESS = (
     "train.gradient_accumulation_steps makes up for a smaller batch: the maths stays the same"
 )
 _ASK_LESS = "lower --batch-size or --max-new-tokens, use --dtype bfloat16, or a smaller base"
+_LESS = {"train": _TRAIN_LESS, "demo": _TRAIN_LESS, "evaluate": _ASK_LESS, "generate": _ASK_LESS, "chat": _ASK_LESS}
 
 # What libraries without OSErrors of their own say when the disk is full (safetensors, torch).
 _DISK_FULL = re.compile(r"os error 28\b|No space left on device|os error 122\b", re.IGNORECASE)
@@ -72,7 +73,7 @@ def as_problem(error: BaseException, verb: str = "") -> VeneerError:
         return error
     text = str(error)
     if _is_out_of_memory(error, text):
-        fix = _TRAIN_LESS if verb in ("train", "demo") else _ASK_LESS
+        fix = _LESS.get(verb, "use --dtype bfloat16, a smaller base, or a machine with more memory")
         return VeneerError(f"out of memory{_in_words(text)}", fix=fix)
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error)

@@ -153,7 +153,7 @@ class Bar:
         self._bar.update(self._task, completed=step, figures=figures + (f"  {left} left" if left else ""))
 
     def evaluation(self, values: Mapping[str, Any]) -> None:
-        self._print(evaluation_text(values), None)
+        self._print(evaluation_text(values), "")
 
     def message(self, text: str, level: str = "info") -> None:
         if level == "warning":
@@ -166,9 +166,12 @@ class Bar:
             self._bar.stop()
             self._bar = None
 
-    def _print(self, text: str, style: str | None) -> None:
-        # The bar's own console, while there is a bar: it knows how to write above it.
-        (self._bar.console if self._bar else self._console).print(text, style=style, soft_wrap=True)
+    def _print(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        # The bar's own console, while there is a bar: it knows how to write above it. The style goes with the text:
+        # given to print, it would colour the bar that is drawn again below, too.
+        (self._bar.console if self._bar else self._console).print(Text(text, style=style), soft_wrap=True)
 
 
 class Counter:

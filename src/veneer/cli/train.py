@@ -87,15 +87,18 @@ def _print_result(result: TrainResult, loaded: Recipe, recipe: Path, overrides: 
         again = shlex.join(["veneer", "train", str(recipe), *overrides, "--resume"])
         print(f"interrupted after step {result.steps}; the checkpoint is written\nnext:    {again}")
         return
+    lines: dict[str, str] = {}
     for name, value in result.metrics.items():
         before = result.metrics.get(f"base_{name}")
         if name.startswith("eval_") and before is not None:
-            print(f"{name.removeprefix('eval_') + ':':<18} {before:.4g} before, {value:.4g} after")
+            lines[name.removeprefix("eval_")] = f"{before:.4g} before, {value:.4g} after"
     if result.best_step is not None and result.best_step != result.steps:
-        print(f"kept:    step {result.best_step} of {result.steps}, the best by {loaded.best_metric[0]}")
-    seconds = result.training.get("seconds")
-    if seconds:
-        print(f"time:    {duration(seconds)}")
-    print(f"adapter: {short_path(result.adapter)}")
-    print(f"report:  {short_path(result.report)}")
-    print(f"next:    veneer chat {shlex.quote(run)}    veneer data show {shlex.quote(run)}")
+        lines["kept"] = f"step {result.best_step} of {result.steps}, the best by {loaded.best_metric[0]}"
+    if result.training.get("seconds"):
+        lines["time"] = duration(result.training["seconds"])
+    lines["adapter"] = short_path(result.adapter)
+    lines["report"] = short_path(result.report)
+    width = max(len(name) for name in lines) + 1
+    for name, text in lines.items():
+        print(f"{name + ':':<{width}} {text}")
+    print(f"next: veneer chat {shlex.quote(run)}, or: veneer data show {shlex.quote(run)}")
