@@ -255,6 +255,20 @@ def test_an_output_folder_with_a_run_needs_resume_or_overwrite(small_run: Callab
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine", "only what a run writes is replaced"
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_run_keeps_its_files(
+    overwrite: bool, small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A careless ``output_dir: .`` must not replace the user's own recipe.yaml or eval folder."""
+    (tmp_path / "run" / "eval").mkdir(parents=True)
+    (tmp_path / "run" / "eval" / "mine.json").write_text("{}")
+    (tmp_path / "run" / "recipe.yaml").write_text("base: mine")
+    with pytest.raises(TrainError, match=r"is no run, but holds recipe.yaml, eval, which a run would replace"):
+        small_run(overwrite=overwrite)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == "base: mine"
+    assert (tmp_path / "run" / "eval" / "mine.json").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -348,6 +362,41 @@ def test_logging_every_k_steps_gives_means_over_their_tokens(small_run: Callable
         assert line["rows"] == sum(p["rows"] for p in part)
         assert line["loss"] == pytest.approx(sum(p["loss"] * p["trained_tokens"] for p in part) / tokens, rel=1e-12)
         assert line["grad_norm"] == part[-1]["grad_norm"]
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_aloud(
+    small_run: Callable[..., Any], tiny_rows: Path, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    rows = tiny_rows.read_text().splitlines()
+    held_out.write_text("\n".join([*rows[:2], json.dumps({"prompt": "what else?", "completion": "nothing"})]))
+    _, watcher = small_run(data={"eval": str(held_out)}, train={"max_steps": 1})
+    assert any(
+        text.startswith("2 of 3 held-out rows have a prompt that is trained on too") for text in watcher.warnings
+    )
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["warnings"] == watcher.warnings
+
+
+def test_how_the_rows_were_read_and_one_answer_are_said(small_run: Callable[..., Any]) -> None:
+    _, watcher = small_run(eval={"samples": 1})
+    said = [text for _, text in watcher.messages]
+    assert any("24 rows" in text and "prompt" in text for text in said), "how the file was understood"
+    assert any("4 of 24 rows held out" in text for text in said)
+    assert any(text.startswith("20 training examples of ") for text in said)
+    assert sum(text.startswith("step 3, tiny.jsonl:") for text in said) == 1
+
+
+def test_a_held_out_loss_that_is_not_finite_names_its_rows(
+    small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        session.OBJECTIVES,
+        "sft",
+        lambda module, batch: ObjectiveOutput(sft(module, batch).loss_sum * math.inf, batch.trained_tokens),
+    )
+    with pytest.raises(TrainError, match="the held-out loss is not finite") as caught:
+        small_run()
+    assert "tiny.jsonl:" in str(caught.value.where)
 
 
 def test_a_fraction_of_an_epoch_and_max_steps_decide_the_length(small_run: Callable[..., Any]) -> None:

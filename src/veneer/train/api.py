@@ -45,7 +45,7 @@ def train_recipe(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
-        rows, held_out = read_rows(recipe.data)
+        rows, held_out = read_rows(recipe.data, progress.message)
         device = local_device(recipe.device)
         base = load_base(recipe.base, dtype=recipe.dtype, device=device, revision=recipe.revision)
         settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
@@ -88,7 +88,7 @@ def train(
         )
     recipe = _recipe_of(model, base, data, eval_data, output_dir, settings)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
-        rows, held_out = read_rows(recipe.data, data, eval_data)
+        rows, held_out = read_rows(recipe.data, progress.message, data, eval_data)
         return Session(model, base, recipe, rows, held_out, world, progress).run(resume=resume, overwrite=overwrite)
 
 

@@ -27,6 +27,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    joined: bool = False  # the process group is ours, and not the caller's
 
     @property
     def is_main(self) -> bool:
@@ -65,12 +66,11 @@ class World:
         self.sum_numbers([0.0])
 
 
-def join_world(device_type: str = "cpu") -> World:
+def join_world(device: str = "cpu") -> World:
     """Joins the processes that torchrun started; without torchrun, a world of one.
 
     The control traffic goes over gloo even where gradients go over NCCL: a process that waits while the first one
-        renders data
-    must not run into NCCL's time limit.
+    renders data must not run into NCCL's time limit.
 
     Raises:
         UsageError: torchrun's environment is incomplete.
@@ -85,15 +85,16 @@ def join_world(device_type: str = "cpu") -> World:
             where="environment",
             fix="start several processes with: torchrun --nproc-per-node N -m veneer train RECIPE",
         )
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    joined = not dist.is_initialized()
+    if joined:
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-    return World(rank=dist.get_rank(), size=size)
+    return World(rank=dist.get_rank(), size=size, joined=joined)
 
 
 def leave_world(world: World) -> None:
-    """Ends the process group that :func:`join_world` began."""
-    if world.size > 1 and dist.is_initialized():
+    """Ends the process group, if :func:`join_world` began it."""
+    if world.joined and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,20 @@ def _samples(adapted: AdaptedModel, base: Base, held_out: HeldOut) -> list[dict[
         {"row_id": p.row_id, "prompt": _last_user(p.conversation), "reference": p.reference, "prediction": g.text}
         for p, g in zip(prompts, generations)
     ]
+
+
+def first_sample(folder: Path, step: int) -> str:
+    """The first answer written down at ``step``, in one line to say aloud."""
+    path = folder / f"step-{step:06d}.json"
+    if not path.exists():
+        return f"step {step}: no held-out row has an answer to show"
+    sample = json.loads(path.read_text(encoding="utf-8"))["samples"][0]
+    answer, expected = (json.dumps(_shortened(sample[key]), ensure_ascii=False) for key in ("prediction", "reference"))
+    return f"step {step}, {sample['row_id']}: {answer} for {expected}"
+
+
+def _shortened(text: str, length: int = 120) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _askable(rows: Rows) -> list[Conversation]:

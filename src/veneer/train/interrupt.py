@@ -54,4 +54,6 @@ class StopRequest:
         if self._raise_now:
             self._raise_now = False
             raise EvaluationInterrupted
-        self._say("stopping after this step, with a checkpoint; once more to stop at once")
+        # A signal may come in the middle of a write to the same stream, which Python refuses to begin again.
+        with contextlib.suppress(RuntimeError):
+            self._say("stopping after this step, with a checkpoint; once more to stop at once")

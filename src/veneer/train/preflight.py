@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +34,15 @@ SELF_TEST_TOKENS = 64
 
 
 def read_rows(
-    data: DataRecipe, train: Rows | Any | None = None, held_out: Rows | Any | None = None
+    data: DataRecipe,
+    say: Callable[[str], None],
+    train: Rows | Any | None = None,
+    held_out: Rows | Any | None = None,
 ) -> tuple[Rows, Rows | None]:
     """The training and the held-out rows that a recipe names.
 
     Args:
+        say: is told how a source was understood, where a split then says something else of its parts.
         train, held_out: rows or sources that are used in place of the recipe's.
 
     Raises:
@@ -46,15 +50,26 @@ def read_rows(
     """
     options: dict[str, Any] = {"format": data.format, "columns": data.columns}
     source = data.train if train is None else train
-    rows = source if isinstance(source, Rows) else read(source, limit=data.max_rows, **options)
+    if isinstance(source, Rows):
+        limited = data.max_rows is not None and data.max_rows < len(source)
+        rows = source.subset(range(data.max_rows or 0), source.description) if limited else source
+    else:
+        rows = read(source, limit=data.max_rows, **options)
     share = data.eval if held_out is None else held_out
     if share is None:
         return rows, None
     if isinstance(share, Rows):
         return rows, share
     if isinstance(share, int | float):
+        say(rows.description)
         return split(rows, share, data.split_seed)
     return rows, read(share, **options)
+
+
+def seen_in_training(rows: Rows, held_out: Rows) -> int:
+    """How many held-out rows have the prompt of a training row; a split keeps them apart, two files may not."""
+    trained = {conversation.group for conversation in rows.conversations}
+    return sum(conversation.group in trained for conversation in held_out.conversations)
 
 
 def render_rows(rows: Rows, tokenizer: Any, recipe: Recipe, world: World) -> TokenDataset:

@@ -115,7 +115,8 @@ def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     """Refuses an output folder that would be destroyed or cannot be written, before anything long has begun.
 
     Raises:
-        TrainError: it holds a run, and neither ``resume`` nor ``overwrite`` says what to do with it.
+        TrainError: it holds a run, and neither ``resume`` nor ``overwrite`` says what to do with it; or it is no run,
+            and holds files under the names of one.
         StorageError: it cannot be written.
     """
     path = folder.path
@@ -132,17 +133,40 @@ def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
         raise StorageError(
             "no permission to write here", where=str(existing), fix="set output_dir to a folder that you may write to"
         )
-    if folder.run_json.exists() and not (resume or overwrite):
+    if folder.run_json.exists():
+        if not (resume or overwrite):
+            raise TrainError(
+                "the output folder holds a run already",
+                where=str(path),
+                fix="go on with it (--resume), replace it (--overwrite), or set output_dir to another name",
+            )
+    elif strangers := [found.name for found in _own_paths(folder) if found.exists()]:
+        # A folder that is no run, "." perhaps: what lies there under our names belongs to somebody else.
         raise TrainError(
-            "the output folder holds a run already",
+            f"the output folder is no run, but holds {', '.join(strangers)}, which a run would replace",
             where=str(path),
-            fix="go on with it (--resume), replace it (--overwrite), or set output_dir to another name",
+            fix="set output_dir to another name, or move them away",
         )
 
 
 def clear_run(folder: RunFolder) -> None:
     """Removes what a run wrote, and nothing else that lies in the folder."""
-    for path in (folder.adapter, folder.checkpoints, folder.eval_folder, folder.path / "tensorboard"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.run_json, folder.recipe_path, folder.metrics_path, folder.report):
-        path.unlink(missing_ok=True)
+    for path in _own_paths(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    folder.run_json.unlink(missing_ok=True)
+
+
+def _own_paths(folder: RunFolder) -> list[Path]:
+    """What a run writes, beside ``run.json``, which is what makes a folder a run."""
+    return [
+        folder.recipe_path,
+        folder.metrics_path,
+        folder.adapter,
+        folder.checkpoints,
+        folder.eval_folder,
+        folder.report,
+        folder.path / "tensorboard",
+    ]

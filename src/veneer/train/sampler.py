@@ -1,8 +1,7 @@
 """Which rows an optimizer step trains on: a pure function of the seed and of how many rows were consumed before.
 
 There is no state to save or to replay: the position in the data is one integer, whatever the number of processes and
-    the
-layout in memory, so a resumed run continues with exactly the rows that the stopped one would have taken.
+the layout in memory, so a resumed run continues with exactly the rows that the stopped one would have taken.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, set_rng_state
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, safetensors_errors
 from veneer.train.distributed import World
-from veneer.train.held_out import HeldOut, answers, check_metrics, held_out_loss
+from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens
 from veneer.train.loop import Trainer, train_loop
 from veneer.train.optimizer import FlatAdamW
-from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows
+from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows, seen_in_training
 from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
@@ -118,7 +118,8 @@ class Session:
             weight_decay=settings.weight_decay,
         )
         info = self._info(warnings)
-        state = self._restored(optimizer, info) if resume and self.folder.run_json.exists() else TrainerState()
+        begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
+        state = self._restored(optimizer, info) if resume and begun else TrainerState()
         with ExitStack() as stack:
             stack.enter_context(gradient_checkpointing(adapted.module, settings.gradient_checkpointing))
             record = self._open_record(info, state, overwrite) if world.is_main else SilentRecord()
@@ -207,13 +208,16 @@ class Session:
 
     def _say_what_was_read(self) -> list[str]:
         """Says how the rows were understood and what rendering did to them; returns the warnings."""
-        parts = [(self.rows, self.dataset)]
+        self.progress.message(self.rows.description)
+        warnings = list(self.dataset.stats.warnings)
         if self.held_out is not None:
-            parts.append((self.held_out.rows, self.held_out.dataset))
-        warnings = []
-        for rows, dataset in parts:
-            self.progress.message(rows.description)
-            warnings += dataset.stats.warnings
+            self.progress.message(self.held_out.rows.description)
+            warnings += self.held_out.dataset.stats.warnings
+            if seen := seen_in_training(self.rows, self.held_out.rows):
+                warnings.append(
+                    f"{seen} of {len(self.held_out.rows)} held-out rows have a prompt that is trained on too: "
+                    "their figures say nothing about new rows (veneer data check names them)"
+                )
         for text in warnings:
             self.progress.message(text, "warning")
         stats = self.dataset.stats
@@ -234,6 +238,7 @@ class Session:
         def described(rows: Rows, dataset: TokenDataset) -> dict[str, Any]:
             return {
                 "source": rows.source,
+                "format": rows.format,
                 "description": rows.description,
                 "content_hash": rows.content_hash,
                 "files": rows.files,
@@ -295,8 +300,8 @@ class Session:
             clear_run(folder)
         with storage_errors(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
+        info.write(folder)  # first: it makes the folder a run, which --overwrite may replace
         write_text(folder.recipe_path, self.recipe.to_yaml())
-        info.write(folder)
         name = folder.path.name
         trackers = open_trackers(self.recipe.train.report_to, folder.path, name, self.recipe.resolved())
         return RunRecord(folder, info, self.progress, trackers)
@@ -313,6 +318,8 @@ class Session:
         own: dict[str, float] = {}
         if self.world.is_main:
             own = answers(self.adapted, self.base, self.held_out, step, self.folder.eval_folder)
+            if self.recipe.eval.samples:
+                self.progress.message(first_sample(self.folder.eval_folder, step))
         graded: dict[str, float] = self.world.gather(own)[0]
         return values | graded
 
