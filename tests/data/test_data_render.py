@@ -207,6 +207,9 @@ def test_a_template_is_taken_from_a_file(tmp_path: Any) -> None:
 def test_a_template_cannot_reach_pythons_internals() -> None:
     for attack in (
         "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].__class__.__mro__ }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
         "{% set ns = namespace(__class__=1) %}",
         "{{ namespace.__init__.__globals__ }}",
     ):
@@ -324,6 +327,9 @@ def test_raw_text_gets_the_tokenizers_own_bos_once_and_never_trains_it() -> None
     example = render(read([{"text": "Hi there"}]), tokenizer, max_length=None).row(0)
     assert np.flatnonzero(example.input_ids == bos).tolist() == [0]
     assert example.trained.tolist() == [False] + [True] * (len(example) - 1)
+    joined = render([pair("Hi", " there")], tokenizer, max_length=None).row(0)
+    assert joined.input_ids[~joined.trained].tolist() == render_prompt(pair("Hi", " there"), tokenizer).prompt_ids
+    assert joined.input_ids.tolist().count(bos) == 1
 
 
 def test_a_completion_that_carries_its_eos_gets_no_second_one() -> None:

@@ -100,6 +100,11 @@ class Conversation:
         return "\n".join(normalise(message.content) for message in prompt)
 
     @cached_property
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages as a chat template reads them."""
+        return [message.to_template() for message in self.messages]
+
+    @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of everything but the row id: equal for exact duplicates."""
         return hashlib.sha256(_canonical(self.to_dict()).encode()).hexdigest()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from veneer.data.dataset import Bool, Example
-from veneer.data.spans import Document, RowRefused, Span
+from veneer.data.spans import Document, Span
+from veneer.data.templates import RowRefused
 from veneer.errors import DataError
 
 _CACHED_PROMPTS = 20_000
@@ -172,7 +173,7 @@ class Encoder:
             ids, places, _ = result
             for (first, stop), span in zip(places, document.spans):
                 run = ids[first : stop + 1]
-                if sum(run.count(token) for token in {span.stop_id, self.eos_id}) != 1:
+                if sum(run.count(stop) for stop in {span.stop_id, self.eos_id} if stop is not None) != 1:
                     results[index] = RowRefused(
                         "a trained turn holds more than one stop token", "remove it from the text"
                     )

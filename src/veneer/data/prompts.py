@@ -8,8 +8,8 @@ from typing import Any
 
 from veneer.data.conversation import Conversation
 from veneer.data.encode import Encoder
-from veneer.data.spans import RowRefused, turn_text
-from veneer.data.templates import ChatTemplate, TemplateFailure
+from veneer.data.spans import turn_text
+from veneer.data.templates import ChatTemplate, RowRefused, TemplateFailure
 from veneer.errors import DataError
 
 

@@ -13,7 +13,6 @@ from veneer.data.dataset import Example, RenderStats, TokenDataset
 from veneer.data.encode import Encoder
 from veneer.data.spans import (
     Document,
-    RowRefused,
     TrainOn,
     chat_documents,
     control_tokens_in,
@@ -21,7 +20,7 @@ from veneer.data.spans import (
     runs_together,
     text_document,
 )
-from veneer.data.templates import ChatTemplate, any_of, special_tokens
+from veneer.data.templates import ChatTemplate, RowRefused, any_of, special_tokens
 from veneer.errors import DataError, UsageError, did_you_mean
 
 Overlong = Literal["truncate", "drop", "error"]
@@ -42,6 +41,7 @@ class RowResult:
     refused: RowRefused | None = None
     empty_turns: int = 0
     control_tokens: bool = False
+    unprompted: bool = False  # a generation block marks a turn that the template's own prompt does not lead up to
 
 
 def render(
@@ -79,6 +79,7 @@ def render(
     examples: list[Example] = []
     refused: list[RowResult] = []
     control: list[str] = []
+    unprompted: list[str] = []
     for result in renderer.results(conversations):
         if result.refused is not None:
             refused.append(result)
@@ -86,6 +87,8 @@ def render(
         stats.empty_turns += result.empty_turns
         if result.control_tokens:
             control.append(result.row_id)
+        if result.unprompted:
+            unprompted.append(result.row_id)
         if not result.examples:
             stats.dropped.setdefault(NOTHING_TO_TRAIN, []).append(result.row_id)
             continue
@@ -101,6 +104,12 @@ def render(
     stats.tokens = sum(len(example) for example in examples)
     stats.trained_tokens = sum(int(example.trained.sum()) for example in examples)
     stats.warnings = _warnings(stats, control, renderer, max_length)
+    if unprompted:
+        stats.warnings.append(
+            "the template's generation prompt is not how it begins the answers that its {% generation %} blocks mark, "
+            "so the model is trained on other beginnings than it will be given: "
+            f"{_rows(len(unprompted))} ({named(unprompted)})"
+        )
     glued = [row.row_id for row in conversations if renderer.template is None and runs_together(row)]
     if glued:
         stats.warnings.append(
@@ -155,6 +164,7 @@ class Renderer:
                 mine = self._documents(row)
             except RowRefused as refusal:
                 result.refused, mine = refusal, []
+            result.unprompted = any(not span.prompted for document in mine for span in document.spans)
             documents.extend(mine)
             owners.extend([result] * len(mine))
             results.append(result)

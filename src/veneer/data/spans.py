@@ -11,28 +11,20 @@ such a turn is trained in a document of its own, which ends with it, and not in 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.data.conversation import Conversation, Message
-from veneer.data.templates import MARK_CLOSE, MARK_OPEN, ChatTemplate, TemplateFailure
+from veneer.data.conversation import Conversation
+from veneer.data.faithful import refuse_left_out, refuse_unwritten_turn, texts_of
+from veneer.data.templates import MARK_CLOSE, MARK_OPEN, ChatTemplate, RowRefused, TemplateFailure
 
 TrainOn = Literal["all", "last", "prompt-too"]
 
 
 # A text and the character spans of its {% generation %} blocks.
 _Rendered = tuple[str, list[tuple[int, int]]]
-
-
-class RowRefused(Exception):
-    """This row cannot be rendered with a right mask. ``fix`` says what to do about it."""
-
-    def __init__(self, reason: str, fix: str) -> None:
-        self.reason, self.fix = reason, fix
-        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,7 @@ class Span:
     stop: int
     end: int
     stop_id: int
+    prompted: bool = True  # the template's own prompt for the turn ends before ``start``
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ def chat_documents(row: Conversation, template: ChatTemplate, train_on: TrainOn)
     Raises:
         RowRefused: the template refuses the row, or does not let the mask be known exactly.
     """
-    if template.has_generation and any(MARK_OPEN in text or MARK_CLOSE in text for text in _texts(row.messages)):
+    if template.has_generation and any(MARK_OPEN in text or MARK_CLOSE in text for text in texts_of(row.messages)):
         raise RowRefused("the text holds the noncharacters U+FDD0 or U+FDD1", "remove them")
     if train_on == "prompt-too":
         left_out = [
@@ -122,6 +115,7 @@ def chat_documents(row: Conversation, template: ChatTemplate, train_on: TrainOn)
         ]
         full = _render(template, row, None)
         text = full[0]
+        refuse_left_out(row, template, text)
         spans = [_turn(template, row, index, full) for index in left_out]
         if any(not _same_start(text, prefix, span) for prefix, span in spans):
             raise RowRefused(
@@ -134,7 +128,10 @@ def chat_documents(row: Conversation, template: ChatTemplate, train_on: TrainOn)
         return []
     _refuse_stop_tokens_in_text(row, template, chosen)
     full = _render(template, row, None)
+    refuse_left_out(row, template, full[0])
     waiting = [_turn(template, row, index, full) for index in chosen]
+    for index, (text, span) in zip(chosen, waiting):
+        refuse_unwritten_turn(row, template, index, text, text[span.start : span.stop])
     texts_and_spans: list[tuple[str, tuple[Span, ...]]] = []
     text = full[0]
     while waiting:
@@ -186,8 +183,8 @@ def _turn(template: ChatTemplate, row: Conversation, index: int, full: _Rendered
 
 def _span(template: ChatTemplate, row: Conversation, index: int, rendered: _Rendered) -> Span:
     """The span of turn ``index`` in a rendering that ends with it."""
-    text, blocks = rendered
-    start, block_end = _start(template, row, index, text, blocks)
+    text = rendered[0]
+    start, block_end, prompted = _start(template, row, index, rendered)
     ends = {end.token: end.token_id for end in template.turn_ends}
     match = template.stop_pattern.search(text, start)
     place = f"turn {index + 1}"
@@ -196,7 +193,7 @@ def _span(template: ChatTemplate, row: Conversation, index: int, rendered: _Rend
             f"the chat template writes no stop token ({' or '.join(map(repr, ends))}) after {place}",
             "use a chat template that ends every assistant turn with its stop token",
         )
-    if block_end is not None and text[block_end : match.start()].strip():
+    if text[block_end : match.start()].strip():
         raise RowRefused(
             f"the template's generation block for {place} does not reach the stop token: "
             f"{_snippet(text[block_end : match.start()])} stands between them",
@@ -209,39 +206,51 @@ def _span(template: ChatTemplate, row: Conversation, index: int, rendered: _Rend
             f"the chat template writes more after the stop token of {place}: {_snippet(rest)}",
             "use a chat template that ends the turn with its stop token",
         )
-    return Span(start, match.start(), match.end(), ends[match.group()])
+    return Span(start, match.start(), match.end(), ends[match.group()], prompted)
 
 
-def _start(
-    template: ChatTemplate, row: Conversation, index: int, text: str, blocks: list[tuple[int, int]]
-) -> tuple[int, int | None]:
-    """Where turn ``index``, the last of ``text``, begins; and where its generation block ends, with such a template."""
+def _start(template: ChatTemplate, row: Conversation, index: int, rendered: _Rendered) -> tuple[int, int, bool]:
+    """Where turn ``index``, the last one rendered, begins; where its generation block ends (the text's end without such
+    blocks); and whether the template's own prompt leads up to it.
+    """
+    text, blocks = rendered
+    opened, blocks_before = _prompt_end(template, row, index, text)
     if template.has_generation:
-        if not blocks:
+        if len(blocks) <= blocks_before:
             raise RowRefused(
-                "the chat template has {% generation %} blocks, and renders none for an assistant turn",
+                f"the chat template has {{% generation %}} blocks, and renders none for turn {index + 1}",
                 "mend the template, or use one without these blocks",
             )
-        return blocks[-1]
+        start, end = blocks[-1]
+        # A block may begin before the prompt's end (Qwen's line break after "assistant"): the model is given that part.
+        return (start if opened is None else max(start, opened)), end, opened is not None
+    if opened is not None:
+        return opened, len(text), True
     if index == 0:
-        # No prefix to render: the first thing the template writes to open a turn is this turn's opening.
-        opening = template.generation_prompt
-        found = text.find(opening)
-        if not opening or found < 0:
-            raise RowRefused(
-                "the row begins with an assistant turn, and the template has no mark that opens one",
-                "begin the row with a user turn",
-            )
-        return found + len(opening), None
-    prompt, _ = _render(template, row, index, prompt=True)
-    if not text.startswith(prompt):
-        same = next((i for i, (a, b) in enumerate(zip(prompt, text)) if a != b), min(len(prompt), len(text)))
         raise RowRefused(
-            f"the chat template prompts for turn {index + 1} with {_snippet(prompt[same:])}, "
-            f"and renders that turn with {_snippet(text[same:])} there",
-            "give a chat template with {% generation %} blocks, or one whose turns begin with its generation prompt",
+            "the row begins with an assistant turn, and the template has no mark that opens one",
+            "begin the row with a user turn",
         )
-    return len(prompt), None
+    prompt, _ = _render(template, row, index, prompt=True)
+    same = next((i for i, (a, b) in enumerate(zip(prompt, text)) if a != b), min(len(prompt), len(text)))
+    raise RowRefused(
+        f"the chat template prompts for turn {index + 1} with {_snippet(prompt[same:])}, "
+        f"and renders that turn with {_snippet(text[same:])} there",
+        "give a chat template with {% generation %} blocks, or one whose turns begin with its generation prompt",
+    )
+
+
+def _prompt_end(template: ChatTemplate, row: Conversation, index: int, text: str) -> tuple[int | None, int]:
+    """Where the template's prompt for turn ``index`` ends in ``text`` (None where the text does not begin with it), and
+    how many generation blocks stand before.
+    """
+    if index > 0:
+        prompt, blocks = _render(template, row, index, prompt=True)
+        return (len(prompt) if text.startswith(prompt) else None), len(blocks)
+    # No prefix to render: the first thing the template writes to open a turn is this turn's opening.
+    opening = template.generation_prompt
+    found = text.find(opening) if opening else -1
+    return (found + len(opening) if found >= 0 else None), 0
 
 
 def _refuse_stop_tokens_in_text(row: Conversation, template: ChatTemplate, chosen: Iterable[int]) -> None:
@@ -249,7 +258,7 @@ def _refuse_stop_tokens_in_text(row: Conversation, template: ChatTemplate, chose
     if template.tokenizer.eos_token:
         stops.add(template.tokenizer.eos_token)
     for index in chosen:
-        text = "\0".join(_texts([row.messages[index]]))
+        text = "\0".join(texts_of([row.messages[index]]))
         found = next((stop for stop in sorted(stops) if stop in text), None)
         if found is not None:
             raise RowRefused(
@@ -260,19 +269,8 @@ def _refuse_stop_tokens_in_text(row: Conversation, template: ChatTemplate, chose
 
 def control_tokens_in(row: Conversation, pattern: re.Pattern[str]) -> bool:
     """Whether any text of the row holds a control token of the tokenizer."""
-    texts = [row.text] if row.text is not None else _texts(row.messages)
+    texts = [row.text] if row.text is not None else texts_of(row.messages)
     return any(pattern.search(text) for text in texts)
-
-
-def _texts(messages: Iterable[Message]) -> list[str]:
-    """Every text of the messages that a template may write."""
-    found = []
-    for message in messages:
-        found.append(message.content)
-        found.extend(value for value in message.extra.values() if isinstance(value, str))
-        if message.tool_calls:
-            found.append(json.dumps(message.tool_calls, ensure_ascii=False, default=str))
-    return found
 
 
 def _snippet(text: str, length: int = 40) -> str:

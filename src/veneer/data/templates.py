@@ -17,6 +17,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
@@ -58,6 +59,24 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with a short way for what templates ask for most: a key of a message, a fact of a loop."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """``obj.attribute``; what is not plain data or a loop's own counter goes the sandbox's way."""
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _DICT_METHODS:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif kind is jinja2.runtime.LoopContext and attribute in _LOOP_FACTS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_METHODS = frozenset(dir(dict))
+_LOOP_FACTS = frozenset({"first", "last", "index", "index0", "length", "previtem", "nextitem"})
+
+
 def _namespace(*args: Any, **attributes: Any) -> _Namespace:
     if args or any(name.startswith("_") for name in attributes):
         raise jinja2.exceptions.SecurityError("a chat template may only name public attributes of a namespace")
@@ -81,9 +100,7 @@ def _tojson(
 
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_raise_exception, namespace=_namespace)
     try:
@@ -106,6 +123,14 @@ class TurnEnd:
 
 class TemplateFailure(Exception):
     """The template refused these messages (its own ``raise_exception``, or an undefined value)."""
+
+
+class RowRefused(Exception):
+    """This row cannot be rendered with a right mask. ``fix`` says what to do about it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        self.reason, self.fix = reason, fix
+        super().__init__(reason)
 
 
 class ChatTemplate:
@@ -149,7 +174,7 @@ class ChatTemplate:
                 strftime_now=date.strftime,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except Exception as error:  # a template is a program: what it raises is up to the row
             raise TemplateFailure(str(error) or type(error).__name__) from error
         return _unmark(marked) if self.has_generation else (marked, [])
 
@@ -157,7 +182,7 @@ class ChatTemplate:
         self, row: Conversation, count: int | None = None, *, prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """:meth:`render` for the row's first ``count`` messages, with the generation prompt if ``prompt``."""
-        messages = [message.to_template() for message in row.messages[:count]]
+        messages = row.template_messages[:count]
         return self.render(messages, row.tools, add_generation_prompt=prompt)
 
     def check_against_tokenizer(self, row: Conversation) -> None:
@@ -166,7 +191,7 @@ class ChatTemplate:
         Raises:
             DataError: they differ, so a model would be trained on other text than it will see.
         """
-        messages = [message.to_template() for message in row.messages]
+        messages = row.template_messages
         for _attempt in range(2):  # a template may write today's date, and midnight may fall between the two
             ours = self.render(messages, row.tools, date=datetime.now())[0]
             theirs = self.tokenizer.apply_chat_template(
@@ -234,7 +259,12 @@ class ChatTemplate:
         if usual is not None and usual.token in tail:
             return usual
         special = special_tokens(self.tokenizer)
-        match = re.search(any_of(special), tail) if found and special else None
+        matches = list(re.finditer(any_of(special), tail)) if found and special else []
+        # After an answer the first control token ends the turn (Phi-3 goes on with an eos). After a tool call it may
+        # belong to the call (Gemma 4 quotes with <|"|>): there it is the last.
+        match = None if not matches else matches[0] if usual is None else matches[-1]
+        if match is not None and usual is not None and tail[match.end() :].strip():
+            match = None
         if match is None:
             raise DataError(
                 "the chat template ends an assistant turn without a stop token: the model would never learn to stop"
