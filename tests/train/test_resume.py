@@ -181,6 +181,9 @@ def test_a_ctrl_c_during_an_evaluation_repeats_it_after_the_resume(
     assert result.interrupted
     assert result.steps == 4
     monkeypatch.undo()
+    # As if the run had been resumed, had finished that evaluation, and had then been killed.
+    with open(tmp_path / "stopped" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 4, "epoch": 1.2, "eval_loss": 9.0}) + '\n{"step": 5, "lo')
     small_run("stopped", resume=True, **settings)
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
@@ -188,7 +191,7 @@ def test_a_ctrl_c_during_an_evaluation_repeats_it_after_the_resume(
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
     small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**SETTINGS, "train": {**SETTINGS["train"], "max_steps": 24}}
+    settings = {**SETTINGS, "train": {**SETTINGS["train"], "max_steps": 24, "save_total_limit": None}}
     small_run("whole", **settings)
     stop_after(17, monkeypatch)
     small_run("stopped", **settings)
@@ -200,10 +203,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_s
     (newest.parent / ".step-000020.x.tmp").mkdir()
     _, watcher = small_run("stopped", resume=True, **settings)
     assert watcher.started[0][1] == 14
-    assert ("info", "checkpoint step-000017 is passed over: optimizer.safetensors is damaged (its hash differs)") in (
-        watcher.messages
-    )
+    said = "checkpoint step-000017 is passed over: optimizer.safetensors is damaged (its hash differs)"
+    assert ("info", said) in watcher.messages
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    left = [sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) for name in ("stopped", "whole")]
+    assert left[0] == left[1], "the damaged one is gone, and so is what a kill left"
 
 
 def test_a_run_without_a_checkpoint_begins_anew_on_resume(

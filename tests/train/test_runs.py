@@ -40,6 +40,7 @@ def test_the_run_folder_is_complete_and_says_what_was_done(small_run: Callable[.
     assert watcher.started == [(6, 0, "run")]
     assert watcher.closed == 1
     assert [line["step"] for line in watcher.steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["rows"] for line in watcher.steps] == [8, 8, 4, 8, 8, 4], "the last step of an epoch is kept"
     assert [line["step"] for line in watcher.evaluations] == [0, 3, 6]
     assert "eval_exact_match" in watcher.evaluations[-1]
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
