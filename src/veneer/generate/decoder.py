@@ -24,7 +24,10 @@ SHORTEST_SHARED = 8
 
 
 class Memory:
-    """The past of one row, kept from one call to the next: what the next prompt begins with is not computed again."""
+    """The past of one row, kept from one call to the next: what the next prompt begins with is not computed again.
+
+    Good only while the model's weights, and which adapters are on, stay as they are.
+    """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -33,6 +36,8 @@ class Memory:
     def take(self, prompt: Sequence[int]) -> tuple[int, Any]:
         """How many tokens of ``prompt`` are known already (never all), and the cache that holds just them."""
         known = common_prefix([self.ids, list(prompt[:-1])]) if self.cache is not None else 0
+        # From here on the cache is written to: should the call be interrupted, what is noted here still holds.
+        self.ids = self.ids[:known]
         if known:
             for layer in self.cache.layers:
                 if isinstance(layer, BufferLayer):
@@ -59,7 +64,7 @@ class Decoder:
         self.module = module
         self._device = next(module.parameters()).device
         self._takes_positions = "position_ids" in forward
-        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        self._takes_kept = "logits_to_keep" in forward
         probe = new_cache(module, 0)
         self.attention_only = is_attention_only(probe)  # else rows of a batch must be equally long: no padding
         # Padding between a shared beginning and the rest is right only where distance is told by positions.
@@ -137,7 +142,10 @@ class Decoder:
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
         if self._takes_positions:
             arguments["position_ids"] = positions
-        logits: Tensor = self.module(input_ids=ids, **arguments, **self._last_only).logits
+        if self._takes_kept:
+            # As an index, not as the number 1: a slice is not contiguous, and torch then copies the whole head per row.
+            arguments["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        logits: Tensor = self.module(input_ids=ids, **arguments).logits
         return logits[:, -1]
 
 

@@ -40,20 +40,20 @@ class TextSoFar:
         """
         end = len(self.text)
         if not (last or self.stopped):
-            end = len(self.text.rstrip(_HALF))
-            end = min(end, len(self.text) - self._may_be_a_stop())
+            whole = self.text.rstrip(_HALF)
+            end = len(whole) - self._may_be_a_stop(whole)
         if not self.text[:end].startswith(self._given):
             return ""  # this tokenizer rewrites its last words; they come when they are settled
         new = self.text[len(self._given) : end]
         self._given += new
         return new
 
-    def _may_be_a_stop(self) -> int:
-        """How many characters at the end of the text are the beginning of a stop string."""
+    def _may_be_a_stop(self, text: str) -> int:
+        """How many characters at the end of ``text`` are the beginning of a stop string."""
         longest = 0
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(stop[:size]):
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
                     longest = size
                     break
         return longest
