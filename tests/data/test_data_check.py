@@ -125,8 +125,20 @@ def test_rows_that_run_together_without_a_template_are_a_warning() -> None:
     assert "glued" not in found(check(rows, family("chatml")))
 
 
-def test_truncated_mask_without_a_stop_token_is_not_reported_for_whole_rows() -> None:
-    assert "no_stop" not in found(check(CLEAN, family("phi3")))
+def test_an_answer_is_lost_when_its_first_token_is_the_first_one_cut() -> None:
+    from veneer.data import render
+
+    first = int(render(CLEAN, family("chatml"), max_length=None).row(0).trained.argmax())
+    only = Rows(CLEAN.conversations[:1], "messages", "one", "one row")
+    assert "answer_cut_away" in found(check(only, family("chatml"), max_length=first))
+    assert "answer_cut_away" not in found(check(only, family("chatml"), max_length=first + 1))
+
+
+def test_a_trained_part_without_a_stop_token_is_an_error() -> None:
+    # With the prompt trained too, Mistral's user turn has tokens to learn and nothing that ends it.
+    rows = read([chat(U, A), chat(("user", "No answer here"))])
+    assert found(check(rows, family("mistral"), train_on="prompt-too"))["no_stop"] == ("error", 1, ["row:2"])
+    assert "no_stop" not in found(check(CLEAN, family("mistral")))
 
 
 def test_the_report_is_json() -> None:

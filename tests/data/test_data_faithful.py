@@ -44,6 +44,34 @@ def test_a_template_that_drops_part_of_a_row_is_refused(name: str, conversation:
     assert "template that knows" in (caught.value.fix or "")
 
 
+def test_reasoning_that_is_dropped_from_an_earlier_turn_is_refused_too() -> None:
+    thinking = Message("assistant", "Fig.", extra={"reasoning_content": "Think."})
+    with pytest.raises(DataError, match="leaves out the reasoning of turn 2"):
+        render([row(USER, thinking, USER, ANSWER)], family("chatml"), max_length=None)
+
+
+def test_a_call_ends_like_an_answer_where_the_template_closes_the_text_with_more() -> None:
+    # Phi-3 writes an eos after the last turn: that is not what ends a call.
+    template = template_text("phi3").replace(
+        "{{- '<|assistant|>\\n' + message['content'] + '<|end|>\\n' }}",
+        "{{- '<|assistant|>\\n' + message['content'] }}{{- message.tool_calls | tojson if message.tool_calls }}"
+        "{{- '<|end|>\\n' }}",
+    )
+    assert template != template_text("phi3")
+    tokenizer = family("phi3")
+    example = render([row(USER, Message("assistant", "", (CALL,)))], tokenizer, max_length=None, chat_template=template)
+    assert marked_text(example.row(0), tokenizer).endswith('"Rome"}}}]<|end|>⟧<|endoftext|>')
+    assert stop_token_ids(tokenizer, template) == set(tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"]))
+
+
+def test_another_rendering_than_transformers_own_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level(["<|im_start|>", "<|im_end|>"], template_text("chatml"), eos_token="<|im_end|>")
+    assert len(render([row(USER, ANSWER)], tokenizer, max_length=None)) == 1
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: "something else")
+    with pytest.raises(DataError, match="renders the chat template differently"):
+        render([row(USER, ANSWER)], tokenizer, max_length=None)
+
+
 def test_a_template_that_drops_the_answer_is_refused() -> None:
     # It writes answers of six characters alone: the probe for the stop token has six, this answer five.
     deaf = template_text("chatml").replace(

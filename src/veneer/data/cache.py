@@ -21,9 +21,6 @@ from veneer.errors import StorageError
 from veneer.files import atomic_folder, cache_dir, sha256_file, sha256_json, write_json
 
 _ARRAYS = ("input_ids", "trained", "offsets")
-# The modules whose code decides what a row becomes: their text is part of the key, so no version number can be
-# forgotten.
-_CODE = ("conversation", "dataset", "encode", "render", "spans", "templates")
 
 
 def prepare(
@@ -97,9 +94,10 @@ def cache_key(
 
 @functools.cache
 def _code_hash() -> str:
+    """Over this package's own source: so no version number, and no module, can be forgotten."""
     digest = hashlib.sha256()
-    for name in _CODE:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     for package in ("jinja2", "tokenizers"):
         digest.update(f"{package} {importlib.metadata.version(package)}".encode())
     return digest.hexdigest()

@@ -132,7 +132,7 @@ def check(
     report.problems.extend(_row_problems(conversations))
     first = {row.digest: row.row_id for row in reversed(conversations)}
     again = [row.row_id for row in conversations if first[row.digest] != row.row_id]
-    _add(report.problems, "warning", "duplicate", "{} stand in the data more than once, word for word", again)
+    _add(report.problems, "warning", "duplicate", "{} repeating an earlier one word for word", again)
     if eval_rows is not None:
         _overlap(report, eval_rows, digests, groups)
     if tokenizer is not None:
@@ -154,13 +154,13 @@ def _row_problems(conversations: Sequence[Conversation]) -> list[Problem]:
 
 _ROW_CHECKS: dict[str, tuple[Literal["error", "warning"], str]] = {
     "no_assistant": ("error", "{} without an assistant turn: nothing to train on"),
-    "empty_text": ("error", "{} of raw text are empty"),
+    "empty_text": ("error", "{} of raw text without any text"),
     "nothing_said": ("error", "{} whose assistant turns are all empty: nothing to train on"),
     "empty_answer": ("warning", "{} with an empty assistant turn among others"),
     "empty_prompt": ("warning", "{} with an empty user turn"),
     "same_role_twice": ("warning", "{} with two user or two assistant turns in a row: some templates refuse them"),
     "late_system": ("warning", "{} with a system turn that is not the first: most templates refuse or move it"),
-    "ends_unanswered": ("warning", "{} that end with a turn that the assistant does not answer"),
+    "ends_unanswered": ("warning", "{} ending with a turn that the assistant does not answer"),
 }
 
 
@@ -194,13 +194,13 @@ def _overlap(report: CheckReport, eval_rows: Rows, digests: Counter[str], groups
     prompts = [row.row_id for row in eval_rows.conversations if row.group in groups and row.digest not in digests]
     report.overlap = {"rows": len(eval_rows), "exact": len(exact), "same_prompt": len(exact) + len(prompts)}
     _add(
-        report.problems, "error", "eval_in_train", "{} of the evaluation data stand in the training data as well", exact
+        report.problems, "error", "eval_in_train", "{} of the evaluation data found in the training data as well", exact
     )
     _add(
         report.problems,
         "warning",
         "eval_prompt_in_train",
-        "{} of the evaluation data have a prompt that the training data answers too",
+        "{} of the evaluation data with a prompt that the training data answers too",
         prompts,
     )
 
@@ -253,7 +253,7 @@ def _tokens(
         report.problems,
         "error",
         "no_stop",
-        "{} whose trained part has no stop token: the model would not learn to end",
+        "{} with no stop token in the trained part: the model would not learn to end",
         unstopped,
     )
     _add(report.problems, "warning", "control_tokens", "{} with control tokens of the tokenizer in the text", control)
