@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ def find(spec: str | Path, revision: str | None, trust_remote_code: bool, *, wei
     on_disk = text.startswith((".", "~", os.sep)) or text.endswith((os.sep, ".gguf")) or "\\" in text
     if on_disk or not _HUB_ID.fullmatch(text):
         raise ModelError(
-            f"there is no {'file' if path.suffix else 'folder'} '{text}'",
+            f"there is no {'file' if path.suffix == '.gguf' else 'folder'} '{text}'",
             where="base",
-            fix=_similar(text) or "check the path",
+            fix=_similar(text)
+            or ("check the path" if path.parent.is_dir() else f"the folder {path.parent} does not exist either"),
         )
     return _download(text, revision, trust_remote_code, weights)
 
@@ -86,10 +88,9 @@ def _refuse_revision(revision: str | None, spec: str) -> None:
 def _similar(text: str) -> str:
     """A sentence with the aliases and neighbouring folders and files whose names are close."""
     path = Path(text).expanduser()
-    try:
+    neighbours: list[Path] = []
+    with contextlib.suppress(OSError):  # no such parent
         neighbours = [entry for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
-    except OSError:
-        return f"the folder {path.parent} does not exist either"
     close = nearest(path.name, [entry.name for entry in neighbours])
     if close:
         return "Did you mean " + " or ".join(repr(str(path.parent / name)) for name in close) + "?"
