@@ -18,6 +18,7 @@ SOURCE = Path(veneer.__file__).parent
 FLOORS = {
     "errors": 0,
     "files": 0,
+    "lazy": 0,
     "runtime": 0,
     "kernels": 0,
     "quant": 1,

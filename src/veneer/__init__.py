@@ -5,8 +5,9 @@ Importing this package imports no torch: the public names below are loaded when 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veneer.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -39,16 +40,8 @@ if TYPE_CHECKING:
     from veneer.adapters import AdaptedModel, LoraConfig, attach
     from veneer.errors import VeneerError
     from veneer.evaluate import evaluate
-    from veneer.generate import generate
+    from veneer.generate.generate import generate
     from veneer.models import Base, load_base
     from veneer.train import train
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'veneer' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+lazy_names(__name__, _WHERE)

@@ -7,8 +7,7 @@ is loaded when one of its names is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Not lazy: these functions share their module's name, and an import of the submodule would put the module in the
 # name's place.
@@ -22,11 +21,12 @@ from veneer.data.render import render
 from veneer.data.show import show, show_html
 from veneer.data.split import split
 from veneer.data.templates import ChatTemplate
+from veneer.lazy import lazy_names
 
 if TYPE_CHECKING:
     from veneer.data.pack import Batch, best_fit_decreasing, collate_packed, collate_padded
 
-_LAZY = ("Batch", "best_fit_decreasing", "collate_packed", "collate_padded")
+_WHERE = dict.fromkeys(("Batch", "best_fit_decreasing", "collate_packed", "collate_padded"), "veneer.data.pack")
 
 __all__ = [
     "Batch",
@@ -53,12 +53,4 @@ __all__ = [
     "stop_token_ids",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'veneer.data' has no attribute '{name}'")
-    return getattr(importlib.import_module("veneer.data.pack"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+lazy_names(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veneer.lazy import lazy_names
 
 _WHERE = {
     "demo_table": "veneer.demo.table",
@@ -18,8 +19,4 @@ if TYPE_CHECKING:
     from veneer.demo.run import run_demo
     from veneer.demo.table import demo_table
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'veneer.demo' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+lazy_names(__name__, _WHERE)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veneer.lazy import lazy_names
 
 _WHERE = {
     "Evaluation": "veneer.evaluate.evaluation",
@@ -37,22 +36,4 @@ if TYPE_CHECKING:
     from veneer.evaluate.metrics import METRICS, Metric, resolve_metric, score
     from veneer.evaluate.report import write_report
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'veneer.evaluate' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-class _CallablePackage(types.ModuleType):
-    """Importing this package binds ``veneer.evaluate`` to it, so the package has to answer as the function would."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.evaluate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallablePackage
+lazy_names(__name__, _WHERE)
