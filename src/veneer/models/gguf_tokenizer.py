@@ -8,7 +8,9 @@ tokenizer.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from veneer.errors import ModelError, did_you_mean
 
+_SCORED = frozenset({"llama", "t5", "gemma4"})  # tokenizer.ggml.model: SentencePiece and Unigram
+_ROLES = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 _LLAMA3 = (
@@ -59,17 +68,26 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
         raise ModelError(
             "the GGUF file holds no tokenizer", where=str(path), fix="use a file that was converted with its tokenizer"
         )
-    if kind == "gpt2":
-        tokenizer = _byte_level(path, metadata)
-    else:  # SentencePiece and Unigram carry scores, and no rule by name: transformers reads them as they are
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            raise ModelError(
-                f"a tokenizer of kind '{kind}' cannot be read from GGUF: {error}",
-                where=str(path),
-                fix="use the model's Hugging Face folder",
-            ) from error
+    backend = _byte_level(path, metadata) if kind == "gpt2" else _scored(path, metadata)
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    named = {role: tokens[int(metadata[key])] for role, key in _ROLES.items() if metadata.get(key) is not None}
+    # llama.cpp puts the first token before every text of these families unless the file says otherwise.
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _IGNORE_MERGES
+    if kind in ("gpt2", "llama"):
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # which changes no ids
+        if metadata.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in named:
+            bos = named["bos_token"]
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokens.index(bos))]
+            )
+    # A class of the model's own would build its tokenizer anew from the saved files, by rules that are not the file's.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
+    if len(tokenizer) != len(tokens):
+        raise ModelError(
+            f"the GGUF file names {len(tokens)} tokens but its tokenizer has {len(tokenizer)}",
+            where=str(path),
+            fix="use the model's Hugging Face folder",
+        )
     template = metadata.get("tokenizer.chat_template")
     if template:
         tokenizer.chat_template = template
@@ -77,6 +95,43 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
     if context:
         tokenizer.model_max_length = int(context)
     return tokenizer
+
+
+def _scored(path: Path, metadata: Mapping[str, Any]) -> Any:
+    """A SentencePiece or Unigram tokenizer: it carries scores, which transformers turns into merges, and no rule."""
+    kind = metadata["tokenizer.ggml.model"]
+    try:
+        if kind not in _SCORED:
+            raise NotImplementedError(f"known are gpt2, {', '.join(sorted(_SCORED))}")
+        with alone(path) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise ModelError(
+            f"a tokenizer of kind '{kind}' cannot be read from GGUF: {error}",
+            where=str(path),
+            fix="use the model's Hugging Face folder",
+        ) from error
+    backend = tokenizer.backend_tokenizer
+    if kind == "llama":
+        # Spaces are a letter like any other, and one more may stand before the text; the versions of transformers
+        # differ in whether it also does before a text that begins with a space. Here it does, as in llama.cpp.
+        first = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        before = [normalizers.Prepend("\u2581")] if first else []
+        after = [decoders.Strip(" ", 1, 0)] if first else []
+        backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+        )
+    return backend
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """A folder in which the file is alone: transformers would rather read a tokenizer.json that lies beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 def _byte_level(path: Path, metadata: Mapping[str, Any]) -> Any:
@@ -116,31 +171,4 @@ def _byte_level(path: Path, metadata: Mapping[str, Any]) -> Any:
     plain = [AddedToken(t, special=False, normalized=False) for t, k in zip(tokens, types) if k == _USER_DEFINED]
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
-    named = {
-        role: tokens[int(metadata[key])]
-        for role, key in (
-            ("bos_token", "tokenizer.ggml.bos_token_id"),
-            ("eos_token", "tokenizer.ggml.eos_token_id"),
-            ("unk_token", "tokenizer.ggml.unknown_token_id"),
-            ("pad_token", "tokenizer.ggml.padding_token_id"),
-        )
-        if metadata.get(key) is not None
-    }
-    byte_level = processors.ByteLevel(trim_offsets=False)
-    # llama.cpp puts the first token before every text of this family unless the file says otherwise.
-    if metadata.get("tokenizer.ggml.add_bos_token", pre in _IGNORE_MERGES) and "bos_token" in named:
-        bos = named["bos_token"]
-        start = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokens.index(bos))]
-        )
-        backend.post_processor = processors.Sequence([byte_level, start])
-    else:
-        backend.post_processor = byte_level
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
-    if len(tokenizer) != len(tokens):
-        raise ModelError(
-            f"the GGUF file names {len(tokens)} tokens but its tokenizer has {len(tokenizer)}",
-            where=str(path),
-            fix="use the model's Hugging Face folder",
-        )
-    return tokenizer
+    return backend
