@@ -10,13 +10,20 @@ from veneer.train.interrupt import EvaluationInterrupted, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops_at_once(number: signal.Signals) -> None:
+def test_the_first_signal_asks_and_a_later_one_stops_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("veneer.train.interrupt.time.monotonic", lambda: clock[0])
     said: list[str] = []
     with StopRequest(said.append).listening() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
         assert said == ["stopping after this step, with a checkpoint; once more to stop at once"]
+        clock[0] += 0.1
+        os.kill(os.getpid(), number)  # the same request, sent to the process and to its group
+        clock[0] += 1.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
 

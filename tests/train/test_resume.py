@@ -124,6 +124,30 @@ def test_ctrl_c_writes_a_checkpoint_exits_130_and_the_run_can_go_on(
     same_run(tmp_path / "whole", run)
 
 
+@pytest.mark.slow
+def test_a_stop_of_two_processes_writes_one_checkpoint_that_goes_on(
+    small_run: Callable[..., Any],
+    write_recipe: Callable[..., Path],
+    start_train: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    settings = {**SETTINGS, "train": {**SETTINGS["train"], "per_device_train_batch_size": 4}}
+    run = tmp_path / "stopped"
+    process = start_train(write_recipe("stopped", **settings), processes=2)
+    wait_for(process, run / "metrics.jsonl", 9)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=240)
+    info = json.loads((run / "run.json").read_text())
+    assert info["status"] == "interrupted"
+    steps = info["training"]["steps"]
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "COMPLETE").exists()
+    again = start_train(write_recipe("stopped", **settings), "--resume", processes=2)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    numbers = [line["step"] for line in lines(run) if "loss" in line]
+    assert numbers == list(range(3, 121, 3)), "no line is missing or double"
+
+
 @pytest.mark.parametrize("at", [1, 2, 7, 20, 21])
 def test_a_stop_at_any_step_resumes_bit_for_bit(
     at: int, small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+# timeout(1) and process managers send one request to the process and to its group: two signals, one wish.
+SAME_REQUEST_SECONDS = 0.5
 
 
 class EvaluationInterrupted(Exception):
@@ -22,6 +26,7 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.requested = False
+        self._asked = float("-inf")  # when, by the monotonic clock
         self._say = say
         self._raise_now = False
 
@@ -48,9 +53,12 @@ class StopRequest:
             self._raise_now = False
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.requested:
+            if now - self._asked < SAME_REQUEST_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._asked = True, now
         if self._raise_now:
             self._raise_now = False
             raise EvaluationInterrupted
