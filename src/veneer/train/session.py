@@ -19,6 +19,7 @@ from veneer.errors import VeneerError
 from veneer.evaluate.report import write_report
 from veneer.files import storage_errors, write_text
 from veneer.models import Base
+from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, set_rng_state
@@ -109,6 +110,7 @@ class Session:
         """
         settings, adapted, world = self.recipe.train, self.adapted, self.world
         warnings = self._say_what_was_read()
+        check_head(adapted.module)
         if self.layout.packing:
             check_packing(adapted.module, self.dataset, self.base.device)
         optimizer = FlatAdamW(
