@@ -218,6 +218,26 @@ class TestDocumentAttention:
         assert torch.autograd.gradcheck(call, (q, k, v))
         assert_close_relative(call(q, k, v), document_attention_reference(q, k, v, [4, 5], 0.3, window, softcap), 1e-12)
 
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_documents_may_share_their_beginning(self, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(attention, "TILE", 2)
+        q, k, v = randn(4, 12, 5, grad=True), randn(2, 12, 5, grad=True), randn(2, 12, 5, grad=True)
+
+        def call(*t: Tensor) -> Tensor:
+            return document_attention(*t, [4, 5, 3], 0.3, window, None, 4)
+
+        assert torch.autograd.gradcheck(call, (q, k, v))
+        shared = call(q, k, v)
+        assert_close_relative(shared, document_attention_reference(q, k, v, [4, 5, 3], 0.3, window, None, 4), 1e-12)
+        whole = torch.tensor([*range(4), *range(9, 12)])  # the third document with its beginning, alone
+        alone = document_attention(q[:, whole], k[:, whole], v[:, whole], [7], 0.3, window)
+        assert_close_relative(shared[:, 9:].detach(), alone[:, 4:].detach(), 1e-12)
+
+    def test_a_shared_beginning_must_be_the_first_document(self) -> None:
+        q = randn(2, 5, 4)
+        with pytest.raises(ValueError, match="first document"):
+            document_attention(q, q, q, [3, 2], 0.5, prefix=2)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equals_the_reference(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention, "TILE", 32)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
 from veneer.adapters import LoraConfig, attach
+from veneer.data.dataset import Example
+from veneer.data.pack import collate_packed, shared_beginning
 from veneer.errors import ModelError
 from veneer.models.fused import FusedGatedMlp, FusedRmsNorm, fuse
 from veneer.models.head import answer_logprobs, answer_loss, check_head, hidden_states
@@ -50,6 +53,7 @@ class Packed:
     position_ids: Tensor
     targets: Tensor
     document_lengths: list[int] | None
+    shared_prefix: int = 0
 
 
 def tiny(family: str, **more: Any) -> nn.Module:
@@ -104,6 +108,57 @@ def test_packed_documents_give_the_logits_that_each_gives_alone(family: str) -> 
     ]
     assert fuse(model).documents
     torch.testing.assert_close(hidden_states(model, batch), torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def beginnings(lengths: list[int], common: int, trained_from: int) -> list[Example]:
+    """Rows that begin with ``common`` same tokens and train from ``trained_from`` on."""
+    generator = np.random.default_rng(0)
+    start = generator.integers(3, 64, common)
+    rows = []
+    for number, length in enumerate(lengths):
+        own = generator.integers(3, 64, length - common)
+        own[0] = 3 + number  # the beginnings end here
+        trained = np.arange(length) >= trained_from
+        rows.append(Example(np.concatenate([start, own]).astype(np.int32), trained, f"rows:{number}"))
+    return rows
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(family: str) -> None:
+    rows = beginnings([30, 25, 40], common=20, trained_from=23)
+    results = []
+    for share in (False, True):
+        model = tiny(family)
+        fuse(model)
+        adapted = attach(model, LoraConfig(r=4, init_lora_weights=False), seed=0)
+        batch = collate_packed(rows, share_prefix=share)
+        assert batch.input_ids.shape[1] == (55 if share else 95)
+        assert batch.tokens == 95
+        output = answer_loss(model, hidden_states(model, batch), batch.targets)
+        output.loss_sum.backward()
+        results.append((output, [p.grad for p in adapted.parameters()]))
+    (plain, plain_grads), (shared, shared_grads) = results
+    assert shared.trained == plain.trained == sum(len(row) - 23 for row in rows)
+    torch.testing.assert_close(shared.loss_sum, plain.loss_sum, rtol=1e-5, atol=1e-5)
+    for got, want in zip(shared_grads, plain_grads):
+        assert want is not None
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("common", "trained_from", "expected"),
+    [(20, 23, 20), (20, 20, 19), (20, 21, 20), (20, 12, 0), (20, 0, 0), (9, 20, 0)],
+)
+def test_a_beginning_is_shared_up_to_what_is_trained_and_when_it_saves_enough(
+    common: int, trained_from: int, expected: int
+) -> None:
+    assert shared_beginning(beginnings([30, 25, 40], common, trained_from)) == expected
+
+
+def test_rows_that_are_all_the_same_keep_a_token_of_their_own() -> None:
+    row = beginnings([30], 20, 28)[0]
+    assert shared_beginning([row, row, row]) == 27
+    assert shared_beginning([row]) == 0
 
 
 @pytest.mark.parametrize("family", MODELS)

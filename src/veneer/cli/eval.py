@@ -29,7 +29,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest answer.  [default: the run's, or 256]")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only so many rows.")] = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = 64,
     compare: Annotated[bool, typer.Option("--base-too/--no-base", help="Measure the base beside the adapter.")] = True,
     format: Annotated[str, typer.Option(help="Shape of the rows.")] = "auto",
     dtype: Dtype = "auto",

@@ -25,7 +25,8 @@ class Batch:
 
     ``targets[b, t]`` is the id that position t must predict, already shifted: -100 where nothing is trained, and
     never an id of another document. Packed: ``document_lengths`` sum to T. Padded: ``lengths`` are the rows' own
-    lengths, padding is on the right.
+    lengths, padding is on the right. With ``shared_prefix`` the first document is the beginning of all rows, and each
+    further document is the rest of one row; positions go on where the beginning ends.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -35,7 +36,8 @@ class Batch:
     lengths: list[int] | None
     row_ids: list[str]
     trained_tokens: int  # targets that are not -100
-    tokens: int  # real tokens, without padding
+    tokens: int  # tokens of the rows, without padding
+    shared_prefix: int = 0  # length of the first document, when it is the beginning that all rows share
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -106,23 +108,59 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-def collate_packed(examples: Sequence[Example]) -> Batch:
+# A shared beginning is worth its own document from this many tokens saved.
+LEAST_SAVED_TOKENS = 32
+
+
+def shared_beginning(examples: Sequence[Example]) -> int:
+    """How many first tokens all examples have in common and train nothing on; 0 where sharing them saves too little.
+
+    The token after the beginning is not trained either: the beginning's last position would have to predict it.
+    """
+    if len(examples) < 2:
+        return 0
+    first = examples[0].input_ids
+    length = min(len(example) for example in examples) - 1
+    for example in examples:
+        same = example.input_ids[:length] == first[:length]
+        length = int(same.argmin()) if not same.all() else length
+        trained = example.trained[: length + 1]
+        length = min(length, int(trained.argmax()) - 1) if trained.any() else length
+        if length <= 0:
+            return 0
+    return length if length * (len(examples) - 1) >= LEAST_SAVED_TOKENS else 0
+
+
+def collate_packed(examples: Sequence[Example], *, share_prefix: bool = False) -> Batch:
     """One batch row with the examples end to end: ``[1, T]``, T the sum of their lengths, positions from 0 in each.
+
+    Args:
+        share_prefix: a beginning that all examples have in common (a system prompt) is laid down once, as the first
+            document; see :class:`Batch`. The mathematics is the same, as long as nothing random differs between rows.
 
     Raises:
         UsageError: no examples, or one without tokens.
     """
     _check(examples)
-    targets = torch.cat([_targets(example) for example in examples])
+    prefix = shared_beginning(examples) if share_prefix else 0
+    ids = [_ids(example)[prefix:] for example in examples]
+    labels = [_targets(example)[prefix:] for example in examples]
+    positions = [torch.arange(prefix, len(example)) for example in examples]
+    if prefix:
+        ids.insert(0, _ids(examples[0])[:prefix])
+        labels.insert(0, torch.full((prefix,), IGNORE_INDEX))
+        positions.insert(0, torch.arange(prefix))
+    targets = torch.cat(labels)
     return Batch(
-        input_ids=torch.cat([_ids(example) for example in examples])[None],
-        position_ids=torch.cat([torch.arange(len(example)) for example in examples])[None],
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
         targets=targets[None],
-        document_lengths=[len(example) for example in examples],
+        document_lengths=[len(document) for document in ids],
         lengths=None,
         row_ids=[example.row_id for example in examples],
         trained_tokens=int((targets != IGNORE_INDEX).sum()),
         tokens=sum(len(example) for example in examples),
+        shared_prefix=prefix,
     )
 
 

@@ -71,7 +71,7 @@ def evaluate(
     metrics: Sequence[str],
     max_new_tokens: int = 256,
     max_rows: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
     compare: bool = True,
     chat_template: str | None = None,
     progress: Progress | None = None,

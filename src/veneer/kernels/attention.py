@@ -10,6 +10,10 @@ Kept for the backward: q, k and v in their own dtype, nothing of the scores' siz
     P  = softmax(S)                        computed again, tile by tile
     dS = P * (dP - rowsum(dP * P))         with dP = dO V^T
 
+Documents that begin with the same tokens (one system prompt) may share them: the beginning then stands in the row once,
+as its first document, and the others read its keys and values before their own. The result is the same, since under a
+causal mask a beginning does not know what follows it; its gradient is the sum over all who read it.
+
 Names: ``T`` positions of the packed row, ``L`` of one document, ``H`` query heads, ``K`` key heads, ``D`` head size.
 """
 
@@ -35,13 +39,15 @@ def document_attention_reference(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """The operation in plain PyTorch with one dense mask; the oracle of :func:`document_attention`."""
-    total = q.shape[-2]
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    position = torch.arange(total, device=q.device)
+    position = torch.cat([torch.arange(n) + (prefix if i else 0) for i, n in enumerate(lengths)]).to(q.device)
     distance = position[:, None] - position[None, :]
     allowed = (document[:, None] == document[None, :]) & (distance >= 0)
+    if prefix:
+        allowed |= (document[:, None] > 0) & (document[None, :] == 0)
     if window is not None:
         allowed &= distance < window
     groups = q.shape[0] // k.shape[0]
@@ -61,6 +67,7 @@ def document_attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    prefix: int = 0,
 ) -> Tensor:
     """Causal attention, isolated per document.
 
@@ -70,20 +77,38 @@ def document_attention(
         scaling: factor on the scores, usually ``1 / sqrt(D)``.
         window: a position sees this many positions back at most, itself included (sliding window).
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        prefix: 0, or the length of the first document, which is then the beginning that all others share.
 
     Returns:
         ``[H, T, D]`` in ``q``'s dtype.
     """
-    result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap)  # type: ignore[no-untyped-call]  # torch's own
+    if prefix not in (0, lengths[0]):
+        raise ValueError(f"a shared beginning of {prefix} positions must be the first document, of {lengths[0]}")
+    result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap, prefix)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
-def _tiles(lengths: Sequence[int], window: int | None) -> Iterator[tuple[int, int, int]]:
-    """``(first query, end of queries, first key)`` of each tile; the keys end where the queries end."""
+def _tiles(lengths: Sequence[int], window: int | None, prefix: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(first query, end of queries, first own key, shared keys before it)`` of each tile; the keys end where the
+    queries end."""
     for start, length in zip(itertools.accumulate(lengths, initial=0), lengths):
+        shared = prefix if start else 0
         for row in range(start, start + length, TILE):
-            first = start if window is None else max(start, row - window + 1)
-            yield row, min(row + TILE, start + length), first
+            # With shared keys all own ones are taken, so that the two lie end to end as they do in the document.
+            first = start if window is None or shared else max(start, row - window + 1)
+            yield row, min(row + TILE, start + length), first, shared
+
+
+def _keys(t: Tensor, first: int, end: int, shared: int) -> Tensor:
+    """``[K, shared + end - first, D]``: the shared rows, then the document's own."""
+    return torch.cat((t[:, :shared], t[:, first:end]), 1) if shared else t[:, first:end]
+
+
+def _add_keys(total: Tensor, part: Tensor, first: int, end: int, shared: int) -> None:
+    """Adds the gradient of what :func:`_keys` returned to where it came from."""
+    if shared:
+        total[:, :shared] += part[:, :shared]
+    total[:, first:end] += part[:, shared:]
 
 
 @functools.lru_cache(maxsize=32)
@@ -115,40 +140,42 @@ class _DocumentAttention(torch.autograd.Function):
         scaling: float,
         window: int | None,
         softcap: float | None,
+        prefix: int,
     ) -> Tensor:
         heads, _, size = q.shape
         groups = heads // k.shape[0]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for row, end, first in _tiles(lengths, window):
+        for row, end, first, shared in _tiles(lengths, window, prefix):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
-            mask = _mask(end - row, end - first, groups, window, q.dtype, q.device)
-            weights, _ = _weights(qt, k[:, first:end], mask, scaling, softcap)
-            out[:, row:end] = torch.bmm(weights, v[:, first:end]).view(heads, end - row, size)
+            kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
+            mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
+            weights, _ = _weights(qt, kt, mask, scaling, softcap)
+            out[:, row:end] = torch.bmm(weights, vt).view(heads, end - row, size)
         ctx.save_for_backward(q, k, v)
-        ctx.arguments = (lengths, scaling, window, softcap)
+        ctx.arguments = (lengths, scaling, window, softcap, prefix)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        lengths, scaling, window, softcap = ctx.arguments
+        lengths, scaling, window, softcap, prefix = ctx.arguments
         heads, _, size = q.shape
         groups = heads // k.shape[0]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
-        for row, end, first in _tiles(lengths, window):
+        for row, end, first, shared in _tiles(lengths, window, prefix):
             shape = (k.shape[0], groups * (end - row), size)
             qt, dot = q[:, row:end].reshape(shape), dout[:, row:end].reshape(shape)
-            kt, vt = k[:, first:end], v[:, first:end]
-            mask = _mask(end - row, end - first, groups, window, q.dtype, q.device)
+            kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
+            mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
             weights, tanh = _weights(qt, kt, mask, scaling, softcap)
-            dv[:, first:end] += torch.bmm(weights.transpose(1, 2), dot)
+            _add_keys(dv, torch.bmm(weights.transpose(1, 2), dot), first, end, shared)
             dweights = torch.bmm(dot, vt.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scaling)
             if tanh is not None:
                 ds.mul_(1 - tanh.square_())
             dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)
-            dk[:, first:end] += torch.bmm(ds.transpose(1, 2), qt)
-        return dq, dk, dv, None, None, None, None
+            _add_keys(dk, torch.bmm(ds.transpose(1, 2), qt), first, end, shared)
+        return dq, dk, dv, None, None, None, None, None

@@ -33,6 +33,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     document_lengths: Sequence[int] | None = None,
+    shared_prefix: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface.
@@ -42,6 +43,7 @@ def attention(
         attention_mask: ``[B, 1, T, S]`` bool (True: may be seen), or None for plain causal attention; not looked at
             when ``document_lengths`` is given.
         document_lengths: the lengths of the documents in each row, summing to ``T``; every row has the same.
+        shared_prefix: 0, or (with one row) the length of the first document, which all others begin with.
 
     Returns:
         ``[B, T, H, D]`` and None (weights are never returned).
@@ -57,7 +59,8 @@ def attention(
     batch, heads, length, size = query.shape
     # Rows become documents of one long row: [B, H, T, D] -> [H, B * T, D].
     q, k, v = (t.transpose(0, 1).reshape(t.shape[1], batch * length, size) for t in (query, key, value))
-    out = document_attention(q, k, v, list(document_lengths) * batch, scale, sliding_window, softcap)
+    lengths = list(document_lengths) * batch
+    out = document_attention(q, k, v, lengths, scale, sliding_window, softcap, shared_prefix)
     return out.view(heads, batch, length, size).permute(1, 2, 0, 3), None
 
 

@@ -22,6 +22,7 @@ class BatchLike(Protocol):
     position_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], shifted; -100 where nothing is trained
     document_lengths: list[int] | None
+    shared_prefix: int  # 0, or the length of the first document, which all others begin with
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def hidden_states(module: nn.Module, batch: BatchLike) -> Tensor:
         lengths = batch.document_lengths or [ids.shape[1]]
         # transformers leaves a 4-D mask as it is, and our attention ignores it: nothing of size T x T is built.
         arguments |= {"document_lengths": lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
+        if batch.shared_prefix:
+            arguments["shared_prefix"] = batch.shared_prefix
     elif batch.document_lengths is not None and len(batch.document_lengths) > 1:
         raise ModelError(
             f"{type(module).__name__} does not let documents be isolated in a packed row",

@@ -31,12 +31,15 @@ class Layout:
         micro_batch_tokens: capacity of a packed micro-batch; a longer row gets one of its own.
         micro_batch_rows: rows of a padded micro-batch.
         pad_id: the token that fills a padded row up; it is masked by length, so any id will do.
+        share_prefix: a beginning that all rows of a packed micro-batch have in common is computed once. Not with
+            dropout or noise, which each row draws for itself.
     """
 
     packing: bool
     micro_batch_tokens: int
     micro_batch_rows: int
     pad_id: int
+    share_prefix: bool = False
 
 
 def default_micro_batch_tokens(max_length: int, device: torch.device) -> int:
@@ -71,7 +74,8 @@ def micro_batches(indices: Sequence[int], dataset: TokenDataset, layout: Layout)
     lengths = [int(dataset.lengths[i]) for i in indices]
     if layout.packing:
         for places in best_fit_decreasing(lengths, max(layout.micro_batch_tokens, max(lengths, default=1))):
-            yield collate_packed([dataset.row(indices[place]) for place in places])
+            rows = [dataset.row(indices[place]) for place in places]
+            yield collate_packed(rows, share_prefix=layout.share_prefix)
         return
     order = sorted(range(len(indices)), key=lambda place: (-lengths[place], place))
     for start in range(0, len(order), layout.micro_batch_rows):

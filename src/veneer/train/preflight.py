@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -136,8 +136,9 @@ def make_plan(recipe: Recipe, rows: int, world: World, has_held_out: bool) -> Pl
 
 
 @torch.no_grad()
-def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device) -> float:
-    """Proves on two rows that a row in a packed micro-batch does not see its neighbour.
+def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device, share_prefix: bool = False) -> float:
+    """Proves on two rows that a row in a packed micro-batch does not see its neighbour, and that a shared beginning
+    gives what the rows give alone.
 
     Returns:
         The mean difference of the hidden states, relative to their mean size.
@@ -152,8 +153,15 @@ def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device
     training = module.training
     module.eval()
     try:
-        packed = _states(module, rows, device)
-        alone = torch.cat([_states(module, [row], device) for row in rows], dim=1)
+        batch = collate_packed(rows, share_prefix=share_prefix).to(device)
+        packed = hidden_states(module, batch)
+        alone = torch.cat(
+            [
+                hidden_states(module, collate_packed([row]).to(device))[:, batch.shared_prefix if number else 0 :]
+                for number, row in enumerate(rows)
+            ],
+            dim=1,
+        )
     except VeneerError as error:
         raise TrainError(
             f"packing does not work here: {error.what}", where=error.where, fix="set train.packing=false"
@@ -168,10 +176,6 @@ def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device
             fix="set train.packing=false: this model does not keep documents apart",
         )
     return difference
-
-
-def _states(module: nn.Module, rows: list[Any], device: torch.device) -> Tensor:
-    return hidden_states(module, collate_packed(rows).to(device))
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Session:
         warnings = self._say_what_was_read()
         check_head(adapted.module)
         if self.layout.packing:
-            check_packing(adapted.module, self.dataset, self.base.device)
+            check_packing(adapted.module, self.dataset, self.base.device, self.layout.share_prefix)
         optimizer = FlatAdamW(
             adapted.named_parameters(),
             betas=(settings.adam_beta1, settings.adam_beta2),
@@ -202,6 +202,9 @@ class Session:
             or default_micro_batch_tokens(train.max_length, self.base.device),
             micro_batch_rows=train.per_device_train_batch_size,
             pad_id=pad_id_of(self.base.tokenizer),
+            share_prefix=train.packing
+            and train.neftune_noise_alpha is None
+            and not any(config.lora_dropout for config in self.adapted.configs.values()),
         )
 
     @cached_property
