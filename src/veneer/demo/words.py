@@ -1,9 +1,9 @@
 """What the shop's customers are called and what they buy.
 
 Each split draws from lists of its own: a first name, a last name or a kind of product of the held-out rows is never
-seen in training. What stands before a product ("oak", "red") may be. A third of the training rows' names and brands is
-invented from syllables: a model that has seen a few dozen names only learns those names by heart, one that never sees
-the same name twice learns to copy.
+seen in training. What stands before a product ("oak", "red") may be. A third of the training rows' names, brands and
+materials is invented from syllables: a model that has seen a few dozen names only learns those names by heart, one that
+never sees the same name twice learns to copy.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ CODE_LETTERS = "ABCDEHKLMNRTWX"
 CODE_LAST_DIGITS: dict[Split, str] = {"train": "01245689", "heldout": "37"}
 
 
-INVENTED_RATE = 1 / 3  # of the training rows' first names, last names and looks
+INVENTED_RATE = 1 / 3  # of the training rows' first names, last names, looks and materials
 _ONSETS = _words("b br c ch d dr f fl g gr h j k l m n p pr r s sh st t tr v w z")
 _VOWELS = _words("a e i o u a e i o ea")
 _CODAS = _words("l n r s x m ck nd rt th")
-_HELD_OUT_NAMES = {*FIRST_NAMES["heldout"], *LAST_NAMES["heldout"], *LOOKS["heldout"]}
+_HELD_OUT_WORDS = {word.lower() for lists in (FIRST_NAMES, LAST_NAMES, LOOKS, MATERIALS) for word in lists["heldout"]}
 
 
 def invent_word(rng: random.Random) -> str:
@@ -112,7 +112,7 @@ def invent_word(rng: random.Random) -> str:
     while True:
         syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)]
         word = ("".join(syllables) + (rng.choice(_CODAS) if rng.random() < 0.6 else "")).capitalize()
-        if word not in _HELD_OUT_NAMES:
+        if word.lower() not in _HELD_OUT_WORDS:
             return word
 
 
@@ -127,7 +127,7 @@ def _name(rng: random.Random, names: dict[Split, tuple[str, ...]], split: Split)
 
 def draw_product(rng: random.Random, split: Split) -> str:
     """A product such as "oak desk lamp" or "red desk lamp"; now and then with both ("red oak desk lamp")."""
-    look, material = _name(rng, LOOKS, split), rng.choice(MATERIALS[split])
+    look, material = _name(rng, LOOKS, split), _name(rng, MATERIALS, split).lower()
     traits = rng.choices([look, material, f"{look} {material}"], [45, 45, 10])[0]
     return f"{traits} {rng.choice(PRODUCTS[split])}"
 
