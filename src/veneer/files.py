@@ -7,13 +7,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import StorageError
+from veneer.errors import StorageError, VeneerError
 
 
 def cache_dir() -> Path:
@@ -35,24 +36,45 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_STORAGE_PROBLEMS = (
+    ((errno.ENOSPC, errno.EDQUOT), "the disk is full", "free some space, or write to another folder"),
+    ((errno.EFBIG,), "a file grew larger than this system allows", "raise the limit (ulimit -f), or write elsewhere"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "no permission", "choose a place that you may read and write"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file is in the way of a folder", "move the file, or choose another folder"),
+)
+_NUMBER_IN_TEXT = re.compile(r"os error (\d+)\b")
+
+
+def storage_problem(error: BaseException, path: str | Path | None = None) -> StorageError | None:
+    """What the system's refusal to read or write means and how to mend it; None for any other error.
+
+    safetensors and torch report a refusal as an error of their own kind with the number or the words in its text.
+    """
+    number: int | None
+    if isinstance(error, OSError) and error.errno is not None:
+        number = error.errno
+    elif found := _NUMBER_IN_TEXT.search(str(error)):
+        number = int(found[1])
+    else:
+        known = [number for numbers, _, _ in _STORAGE_PROBLEMS for number in numbers]
+        number = next((number for number in known if os.strerror(number) in str(error)), None)
+    where = path if path is not None else getattr(error, "filename", None)
+    for numbers, what, fix in _STORAGE_PROBLEMS:
+        if number in numbers:
+            return StorageError(what, where=None if where is None else str(where), fix=fix)
+    return None
+
+
 @contextlib.contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
     """Turns the system's refusals to write ``path`` into a :class:`StorageError` that says how to mend them."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                "the disk is full", where=str(path), fix="free some space, or write to another folder"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(
-                "no permission to write here", where=str(path), fix="choose a folder that you may write to"
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise StorageError(
-                "a file is in the way of a folder", where=str(path), fix="move the file, or choose another folder"
-            ) from error
+    except VeneerError:
+        raise
+    except Exception as error:
+        if problem := storage_problem(error, path):
+            raise problem from error
         raise
 
 

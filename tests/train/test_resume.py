@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from runs import lines
 
-from veneer.errors import TrainError
+from veneer.errors import TrainError, UsageError
 from veneer.recipe import Recipe
 
 # Dropout, noise, metrics over windows that cross checkpoints, evaluations, a last incomplete step.
@@ -256,9 +256,10 @@ def test_resuming_a_finished_run_changes_nothing(small_run: Callable[..., Any], 
     assert lines(tmp_path / "run") == before
 
 
-def test_resume_without_a_run_begins_one(small_run: Callable[..., Any]) -> None:
-    result, _ = small_run(resume=True)
-    assert result.steps == 6
+def test_resume_without_a_run_is_refused(small_run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to resume"):
+        small_run(resume=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

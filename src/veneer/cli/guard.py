@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 import typer
 
-from veneer.errors import EXIT_FAILED, EXIT_INTERRUPTED, StorageError, VeneerError
+from veneer.errors import EXIT_FAILED, EXIT_INTERRUPTED, VeneerError
+from veneer.files import storage_problem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,10 +26,6 @@ _TRAIN_LESS = (
 _ASK_LESS = "lower --batch-size or --max-new-tokens, use --dtype bfloat16, or a smaller base"
 _LESS = {"train": _TRAIN_LESS, "demo": _TRAIN_LESS, "evaluate": _ASK_LESS, "generate": _ASK_LESS, "chat": _ASK_LESS}
 
-# What libraries without OSErrors of their own say when the disk is full (safetensors, torch).
-_DISK_FULL = re.compile(r"os error 28\b|No space left on device|os error 122\b", re.IGNORECASE)
-_TOO_LARGE = re.compile(r"os error 27\b|File too large", re.IGNORECASE)
-_NO_PERMISSION = re.compile(r"os error (13|30)\b|Permission denied|Read-only file system", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory", re.IGNORECASE
 )
@@ -75,16 +72,12 @@ def as_problem(error: BaseException, verb: str = "") -> VeneerError:
     if _is_out_of_memory(error, text):
         fix = _LESS.get(verb, "use --dtype bfloat16, a smaller base, or a machine with more memory")
         return VeneerError(f"out of memory{_in_words(text)}", fix=fix)
+    if problem := storage_problem(error):
+        return problem
+    if isinstance(error, FileNotFoundError):
+        return VeneerError("no such file or folder", where=error.filename, fix="check the path")
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_system(error)
-    if _DISK_FULL.search(text):
-        return StorageError("the disk is full", fix="free some space, or write to another folder")
-    if _TOO_LARGE.search(text):
-        return StorageError(
-            "a file grew larger than this system allows", fix="raise the limit (ulimit -f), or write elsewhere"
-        )
-    if _NO_PERMISSION.search(text):
-        return StorageError("no permission to write", where=text, fix="choose a folder that you may write to")
+        return VeneerError(error.strerror or text, where=error.filename)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("veneer"):
         return VeneerError(
             f"the package '{error.name}' is not installed", fix=f"pip install {error.name.partition('.')[0]}"
@@ -139,22 +132,6 @@ def _in_words(text: str) -> str:
     """How much was asked for, where the allocator says it."""
     asked = re.search(r"tried to allocate (\d+ bytes|[\d.]+ ?[KMGT]?i?B)", text, re.IGNORECASE)
     return f": {asked.group(1)} more were needed" if asked else ""
-
-
-def _of_system(error: OSError) -> VeneerError:
-    where = str(error.filename) if error.filename else None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError("the disk is full", where=where, fix="free some space, or write to another folder")
-    if error.errno == errno.EFBIG:
-        fix = "raise the limit (ulimit -f), or write elsewhere"
-        return StorageError("a file grew larger than this system allows", where=where, fix=fix)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StorageError("no permission", where=where, fix="choose a place that you may read and write")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return StorageError("a file is in the way of a folder", where=where, fix="move it, or choose another folder")
-    if error.errno == errno.ENOENT:
-        return VeneerError("no such file or folder", where=where, fix="check the path")
-    return VeneerError(f"{error.strerror or error}", where=where)
 
 
 def _place(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from veneer.cli.options import Json, Overwrite, Quiet
-from veneer.errors import EXIT_INTERRUPTED, UsageError
+from veneer.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from veneer.recipe import Recipe
@@ -37,15 +37,8 @@ def train(
     from veneer.cli.output import print_json, stdout_reserved
     from veneer.cli.progress import training_progress
     from veneer.recipe import load_recipe
-    from veneer.run import is_run
 
     loaded = load_recipe(recipe, overrides or [])
-    if resume and not is_run(loaded.output_dir):
-        raise UsageError(
-            "there is nothing to resume: the output folder holds no run",
-            where=loaded.output_dir,
-            fix="leave --resume out, or give the output_dir of the run that was interrupted",
-        )
     with stdout_reserved(json):
         from veneer.train import train_recipe
 

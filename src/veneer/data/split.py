@@ -54,7 +54,7 @@ def split(rows: Rows, share: float | int, seed: int) -> tuple[Rows, Rows]:
     train = [index for index in range(total) if index not in out]
     said = f"{len(held):,} of {total:,} rows held out by prompt (seed {seed})"
     return (
-        rows.subset(train, f"{rows.source}: {len(train):,} rows to train on, {said}"),
+        rows.subset(train, f"{rows.source}: {len(train):,} rows to train on"),
         rows.subset(sorted(held), f"{rows.source}: {said}"),
     )
 

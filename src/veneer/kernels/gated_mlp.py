@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels.frozen import Weight, add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.lora_linear import lora_linear_reference, low_rank_forward, low_rank_grads
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -27,7 +28,7 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 class LowRankLinear:
     """The operands of one frozen linear and its update."""
 
-    weight: Tensor  # [out, in] frozen
+    weight: Weight  # [out, in] frozen, a tensor or codes
     bias: Tensor | None  # [out] frozen
     A: Tensor  # [r, in] float32
     B: Tensor  # [out, r] float32
@@ -84,7 +85,7 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, act: str, scalings: tuple[float, float, float], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: str, scalings: tuple[float, float, float], *operands: Any) -> Tensor:
         wg, bg, Ag, Bg, wu, bu, Au, Bu, wd, bd, Ad, Bd = operands
         sg, su, sd = scalings
         ag, bbg, au, bbu, ad, bbd = (t.to(x.dtype) for t in (Ag, Bg, Au, Bu, Ad, Bd))
@@ -92,25 +93,27 @@ class _GatedMlp(torch.autograd.Function):
         stacked = torch.cat((ag, au))
         hh = flat @ stacked.t()
         hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
-        e = F.linear(flat, wg, bg).addmm_(hg, bbg.t(), alpha=sg)
-        g = F.linear(flat, wu, bu).addmm_(hu, bbu.t(), alpha=su)
+        e = matmul_weight(flat, wg, bg).addmm_(hg, bbg.t(), alpha=sg)
+        g = matmul_weight(flat, wu, bu).addmm_(hu, bbu.t(), alpha=su)
         m = activation(act, e).mul_(g)
         y, hd = low_rank_forward(m, wd, bd, ad, bbd, sd)
-        ctx.save_for_backward(flat, e, g, hh, hd, wg, wu, wd, stacked, bbg, bbu, ad, bbd)
+        ctx.save_for_backward(flat, e, g, hh, hd, stacked, bbg, bbu, ad, bbd)
+        ctx.weights = (wg, wu, wd)
         ctx.act, ctx.scalings, ctx.dtypes = act, scalings, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e, g, hh, hd, wg, wu, wd, stacked, bg, bu, ad, bd = ctx.saved_tensors
+        x, e, g, hh, hd, stacked, bg, bu, ad, bd = ctx.saved_tensors
+        wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
         rank = bg.shape[1]
         flat = dy.reshape(-1, dy.shape[-1])
         a = activation(ctx.act, e)
         m = a * g
         pd, dAd, dBd = low_rank_grads(flat, m, hd, bd, sd)
-        dm = torch.mm(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
+        dm = matmul_grad(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
         dg = a.mul_(dm)
         de = _activation_grad(ctx.act, dm.mul_(g), e)
         # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
@@ -120,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
         dBu = (dg.t() @ hh[:, rank:]).mul_(su)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(de, wg).addmm_(dg, wu).addmm_(pp, stacked).view(*dy.shape[:-1], x.shape[-1])
+            dx = add_matmul_grad(matmul_grad(de, wg), dg, wu).addmm_(pp, stacked).view(*dy.shape[:-1], x.shape[-1])
         grads = (dAA[:rank], dBg, dAA[rank:], dBu, dAd, dBd)
         gag, gbg, gau, gbu, gad, gbd = (t.to(dtype) for t, dtype in zip(grads, ctx.dtypes))
         return dx, None, None, None, None, gag, gbg, None, None, gau, gbu, None, None, gad, gbd

@@ -22,21 +22,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
+
 
 def lora_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
 ) -> Tensor:
     """The operation in plain PyTorch, differentiable in everything; the oracle of :func:`lora_linear`."""
     h = F.linear(x, A.to(x.dtype))
-    return F.linear(x, weight, bias) + scaling * F.linear(h, B.to(x.dtype))
+    return F.linear(x, as_tensor(weight), bias) + scaling * F.linear(h, B.to(x.dtype))
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """``x W^T + b + scaling (x A^T) B^T``.
 
     Args:
         x: ``[..., in]``, in the base's dtype.
-        weight: ``[out, in]`` frozen, same dtype as ``x``.
+        weight: ``[out, in]`` frozen, a tensor or codes, same dtype as ``x``.
         bias: ``[out]`` frozen, or None.
         A: ``[r, in]`` float32 master: cast to ``x``'s dtype for the products; its gradient comes back in float32.
         B: ``[out, r]`` float32 master, likewise.
@@ -52,11 +54,11 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 
 def low_rank_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, s: float
 ) -> tuple[Tensor, Tensor]:
     """``(y [T, out], h [T, r])`` for flat ``x [T, in]``; every operand in ``x``'s dtype."""
     h = x @ a.t()
-    y = F.linear(x, weight, bias)
+    y = matmul_weight(x, weight, bias)
     y.addmm_(h, b.t(), alpha=s)
     return y, h
 
@@ -70,24 +72,24 @@ def low_rank_grads(dy: Tensor, x: Tensor, h: Tensor, b: Tensor, s: float) -> tup
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
         y, h = low_rank_forward(flat, weight, bias, a, b, scaling)
-        ctx.save_for_backward(flat, h, weight, a, b)
-        ctx.scaling, ctx.dtypes = scaling, (A.dtype, B.dtype)
+        ctx.save_for_backward(flat, h, a, b)
+        ctx.weight, ctx.scaling, ctx.dtypes = weight, scaling, (A.dtype, B.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, a, b = ctx.saved_tensors
+        x, h, a, b = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
         p, da, db = low_rank_grads(flat, x, h, b, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = flat @ weight
+            dx = matmul_grad(flat, ctx.weight)
             dx.addmm_(p, a, alpha=ctx.scaling)
             dx = dx.view(*dy.shape[:-1], x.shape[-1])
         return dx, None, None, da.to(ctx.dtypes[0]), db.to(ctx.dtypes[1]), None

@@ -49,6 +49,8 @@ def attention(
         ``[B, T, H, D]`` and None (weights are never returned).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if document_lengths is None and softcap is None and query.shape[2] == 1 and not dropout:
+        return _one_token(query, key, value, attention_mask, scale), None
     if document_lengths is None and softcap is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
@@ -62,6 +64,14 @@ def attention(
     lengths = list(document_lengths) * batch
     out = document_attention(q, k, v, lengths, scale, sliding_window, softcap, shared_prefix)
     return out.view(heads, batch, length, size).permute(1, 2, 0, 3), None
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token: the query heads that share a key head are its rows, so no key is copied."""
+    batch, heads, _, size = q.shape
+    grouped = q.view(batch, k.shape[1], heads // k.shape[1], size)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.view(batch, 1, heads, size)
 
 
 def _masked_attention(

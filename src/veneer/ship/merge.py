@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from veneer import __version__
 from veneer.adapters import AdaptedModel, MergeReport, merge, merge_report
-from veneer.errors import StorageError, UsageError
+from veneer.errors import UsageError
 from veneer.files import atomic_folder, write_json
 from veneer.models import Base, load_base
 from veneer.models.strict import quiet
@@ -97,13 +95,8 @@ def merge_model(
 
 def _write(adapted: AdaptedModel, base: Base, template: str | None, folder: Path) -> None:
     merged: Any = merge(adapted)
-    try:
-        with quiet():
-            merged.save_pretrained(str(folder))
-    except SafetensorError as error:  # it has no number, only a text
-        full = f"os error {errno.ENOSPC}" in str(error)
-        what = "the disk is full" if full else f"the weights could not be written: {error}"
-        raise StorageError(what, where=str(folder.parent), fix="free some space, or write elsewhere") from error
+    with quiet():
+        merged.save_pretrained(str(folder))
     before = base.tokenizer.chat_template
     try:
         if template is not None:

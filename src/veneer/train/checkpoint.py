@@ -13,7 +13,6 @@ Rotation keeps the newest ones and the best one, and never removes a checkpoint 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -23,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from veneer.errors import StorageError, TrainError
-from veneer.files import atomic_folder, sha256_file, write_json
+from veneer.files import atomic_folder, sha256_file, storage_errors, write_json
 
 COMPLETE = "COMPLETE"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -197,7 +196,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _explained(target: Path, step: int) -> Iterator[None]:
     """A failed write names the checkpoint that the run can go on from."""
     try:
-        with safetensors_errors(target):
+        with storage_errors(target):
             yield
     except StorageError as error:
         good = [path for _, path in checkpoints(target.parent) if (path / COMPLETE).is_file()]
@@ -206,18 +205,4 @@ def _explained(target: Path, step: int) -> Iterator[None]:
             f"the checkpoint of step {step} could not be written: {error.what}; {kept}",
             where=str(target),
             fix="free some space (or lower train.save_total_limit), then go on with --resume",
-        ) from error
-
-
-@contextlib.contextmanager
-def safetensors_errors(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own kind, with the number in its text."""
-    try:
-        yield
-    except SafetensorError as error:
-        full = f"os error {errno.ENOSPC}" in str(error)
-        raise StorageError(
-            "the disk is full" if full else f"the weights could not be written ({error})",
-            where=str(path),
-            fix="free some space, or write to another folder",
         ) from error

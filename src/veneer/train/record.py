@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from veneer.errors import StorageError, TrainError
+from veneer.errors import StorageError, TrainError, UsageError
 from veneer.files import storage_errors, write_text
 from veneer.run import RunFolder, RunInfo, Status, utc_now
 from veneer.train.progress import Progress
@@ -117,6 +117,7 @@ def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     Raises:
         TrainError: it holds a run, and neither ``resume`` nor ``overwrite`` says what to do with it; or it is no run,
             and holds files under the names of one.
+        UsageError: there is nothing to resume.
         StorageError: it cannot be written.
     """
     path = folder.path
@@ -132,6 +133,12 @@ def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(
             "no permission to write here", where=str(existing), fix="set output_dir to a folder that you may write to"
+        )
+    if resume and not folder.run_json.exists():
+        raise UsageError(
+            "there is nothing to resume: the output folder holds no run",
+            where=str(path),
+            fix="leave --resume out, or give the output_dir of the run that was interrupted",
         )
     if folder.run_json.exists():
         if not (resume or overwrite):
