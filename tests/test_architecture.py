@@ -69,7 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
     "run": {"pydantic", "yaml"},
     "evaluate": {"rouge_score", "sacrebleu", "jsonschema", "lm_eval", "matplotlib", "numpy", "rich"},
     "ship": {"gguf", "huggingface_hub", "transformers", "numpy"},
-    "train": {"numpy", "rich", "transformers", "tensorboard", "wandb", "mlflow", "trackio"},
+    "train": {"numpy", "rich", "transformers", "tensorboard", "wandb", "mlflow", "trackio", "bitsandbytes"},
     "serve": {"fastapi", "uvicorn", "prometheus_client"},
     "cli": {"typer", "rich", "yaml"},
     "demo": {"rich"},

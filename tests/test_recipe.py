@@ -18,6 +18,7 @@ from veneer.evaluate.metrics import METRICS as EVALUATE_METRICS
 from veneer.recipe import METRICS, Recipe, RecipeProblems, all_keys, load_recipe, recipe_from, recipe_reference
 from veneer.recipe.hints import FOREIGN, NEEDLESS, VALUES
 from veneer.recipe.yamlio import dump, parse
+from veneer.train.optimizer import OPTIMIZERS
 from veneer.train.schedule import SCHEDULES
 from veneer.train.track import TRACKERS
 
@@ -141,7 +142,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("epochs: 8", ["'train.num_train_epochs' here"]),
         ("train: {micro_batch_size: 8}", ["'train.per_device_train_batch_size' here"]),
         ("val_set_size: 0.1", ["'data.eval' here"]),
-        ("optim: adamw_8bit", ["AdamW is the optimizer"]),
+        ("optim: adamw_8bit", ["it belongs to another place: 'train.optim'"]),
         ("zzzzzzzz: 1", ["unknown key 'zzzzzzzz'", "the keys here are base, revision"]),
         ("train: {max_length: 0}", ["train.max_length is 0; it must be a whole number of at least 2"]),
         ("train: {max_length: 1.5}", ["train.max_length is 1.5; it must be a whole number"]),
@@ -156,6 +157,14 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("train: {seed: true}", ["train.seed is true; it must be a whole number"]),
         ("train: {lr_scheduler_type: cosin}", ["one of cosine, linear, constant", "Did you mean 'cosine'?"]),
         ("train: {lr_scheduler_type: constant_with_warmup}", ["train.warmup_ratio gives it its warm-up"]),
+        ("optimizer: adamw_8bit", ["'train.optim' here"]),
+        ("train: {optim: adamw_torch}", ["it must be one of adamw, adamw_8bit", "use adamw"]),
+        ("train: {optim: paged_adamw_32bit}", ["use paged_adamw"]),
+        ("train: {optim: adamw8bit}", ["Did you mean 'adamw_8bit'"]),
+        (
+            "train: {optim: adamw_bnb_8bit}\ndevice: cpu",
+            ["bitsandbytes' optimizer for CUDA, and the device is cpu", "use adamw_8bit"],
+        ),
         ("train: {method: dpo}", ["train.method is 'dpo'; it must be sft", "not available yet"]),
         ("train: {max_steps: -1}", ["write null for no limit"]),
         ("train: {max_grad_norm: 0}", ["write null to turn clipping off"]),
@@ -400,6 +409,7 @@ def test_the_recipe_offers_what_the_other_parts_understand() -> None:
 
     assert choices("TrainRecipe", "lr_scheduler_type") == set(SCHEDULES)
     assert choices("TrainRecipe", "report_to") == set(TRACKERS)
+    assert choices("TrainRecipe", "optim") == set(OPTIMIZERS)
     assert choices("DataRecipe", "format") == {"auto", *FORMATS}
 
 

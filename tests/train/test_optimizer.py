@@ -1,13 +1,17 @@
-"""The flat AdamW is AdamW, and its views stay where they are."""
+"""The flat AdamW is AdamW, and its views stay where they are, however its moments are kept."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from veneer.errors import TrainError
-from veneer.train.optimizer import FlatAdamW
+from veneer.errors import RecipeError, TrainError
+from veneer.train.optimizer import OPTIMIZERS, FlatAdamW
+
+OWN = [name for name, kind in OPTIMIZERS.items() if not kind.bitsandbytes]
 
 
 def parameters(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
@@ -64,10 +68,11 @@ def test_one_step_follows_the_formula() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([[1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]]))
 
 
-def test_parameters_and_gradients_are_views_and_shapes_and_values_stay() -> None:
+@pytest.mark.parametrize("optim", OWN)
+def test_parameters_and_gradients_are_views_and_shapes_and_values_stay(optim: str) -> None:
     named = parameters()
     before = [p.detach().clone() for _, p in named]
-    flat = FlatAdamW(named)
+    flat = FlatAdamW(named, optim=optim)
     for (_, p), old in zip(named, before):
         assert torch.equal(p, old)
         assert p.untyped_storage().data_ptr() == flat.flat.untyped_storage().data_ptr()
@@ -86,7 +91,8 @@ def test_a_gradient_that_left_the_buffer_is_an_error_and_not_silence() -> None:
     assert caught.value.where == "b.A"
 
 
-def test_state_moves_to_another_optimizer_bit_for_bit() -> None:
+@pytest.mark.parametrize("optim", OWN)
+def test_state_moves_to_another_optimizer_bit_for_bit(optim: str, tmp_path: Path) -> None:
     def steps(flat: FlatAdamW, named: list[tuple[str, nn.Parameter]], numbers: range) -> None:
         for step in numbers:
             flat.zero_grad()
@@ -95,27 +101,29 @@ def test_state_moves_to_another_optimizer_bit_for_bit() -> None:
             flat.step(0.01)
 
     whole = parameters()
-    one = FlatAdamW(whole)
+    one = FlatAdamW(whole, optim=optim)
     steps(one, whole, range(6))
 
     first = parameters()
-    two = FlatAdamW(first)
+    two = FlatAdamW(first, optim=optim)
     steps(two, first, range(3))
     second = [(name, nn.Parameter(p.detach().clone())) for name, p in first]
-    three = FlatAdamW(second)
+    three = FlatAdamW(second, optim=optim)
     assert three.layout == two.layout
-    three.load_state({name: tensor.clone() for name, tensor in two.state().items()})
+    save_file(two.state(), tmp_path / "optimizer.safetensors")
+    three.load_state(load_file(tmp_path / "optimizer.safetensors"))
     steps(three, second, range(3, 6))
     for (_, a), (_, b) in zip(whole, second):
         assert torch.equal(a, b)
 
 
-def test_the_state_before_the_first_step_can_be_saved_and_loaded() -> None:
+@pytest.mark.parametrize("optim", OWN)
+def test_the_state_before_the_first_step_can_be_saved_and_loaded(optim: str) -> None:
     def one_step(load: bool) -> list[Tensor]:
         named = parameters()
-        flat = FlatAdamW(named)
+        flat = FlatAdamW(named, optim=optim)
         if load:
-            flat.load_state(FlatAdamW(parameters()).state())
+            flat.load_state(FlatAdamW(parameters(), optim=optim).state())
         add_gradients(named, 0)
         flat.finish_gradient(1.0, None)
         flat.step(0.01)
@@ -132,10 +140,11 @@ def test_the_layout_changes_with_names_and_shapes() -> None:
     assert FlatAdamW(parameters()[:-1]).layout != layout
 
 
+@pytest.mark.parametrize("optim", OWN)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_is_named(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_is_named(bad: float, optim: str) -> None:
     named = parameters()
-    flat = FlatAdamW(named)
+    flat = FlatAdamW(named, optim=optim)
     add_gradients(named, 0)
     named[3][1].grad.fill_(bad)  # type: ignore[union-attr]
     assert not math.isfinite(flat.finish_gradient(1.0, 1.0))
@@ -147,3 +156,18 @@ def test_nothing_to_train_and_half_precision_are_refused() -> None:
         FlatAdamW([])
     with pytest.raises(TrainError, match="must be float32"):
         FlatAdamW([("p", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))])
+
+
+def test_a_state_of_another_kind_or_size_is_refused() -> None:
+    flat = FlatAdamW(parameters())
+    with pytest.raises(TrainError, match="not one of 'adamw'") as caught:
+        flat.load_state(FlatAdamW(parameters(), optim="adamw_8bit").state())
+    assert "train.optim" in str(caught.value.fix)
+    with pytest.raises(TrainError, match="does not fit the adapter"):
+        flat.load_state(FlatAdamW(parameters()[:-1]).state())
+
+
+def test_an_unknown_optimizer_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match="unknown optimizer 'adamw8bit'") as caught:
+        FlatAdamW(parameters(), optim="adamw8bit")
+    assert "'adamw_8bit'" in str(caught.value.fix)

@@ -22,7 +22,7 @@ class Contradiction:
 
 def contradictions(recipe: Recipe) -> list[Contradiction]:
     """All of them; empty for a sound recipe."""
-    return [*_adapter(recipe), *_batches(recipe), *_evaluation(recipe), *_metrics(recipe)]
+    return [*_adapter(recipe), *_batches(recipe), *_optimizer(recipe), *_evaluation(recipe), *_metrics(recipe)]
 
 
 def _adapter(recipe: Recipe) -> Iterator[Contradiction]:
@@ -69,6 +69,17 @@ def _batches(recipe: Recipe) -> Iterator[Contradiction]:
             f"is {tokens}, less than train.max_length ({train.max_length}): the longest rows would not fit",
             f"raise it to {train.max_length} or more, or lower train.max_length",
             (("train", "max_length"),),
+        )
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Contradiction]:
+    optim = recipe.train.optim
+    if "bnb" in optim and recipe.device != "auto" and not recipe.device.startswith("cuda"):
+        yield Contradiction(
+            ("train", "optim"),
+            f"is '{optim}', bitsandbytes' optimizer for CUDA, and the device is {recipe.device}",
+            f"use {optim.replace('_bnb', '')}, which runs on any device",
+            (("device",),),
         )
 
 

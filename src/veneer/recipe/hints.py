@@ -118,6 +118,7 @@ _THEIRS: dict[str, tuple[str, ...]] = {
     "train.micro_batch_tokens": ("max_tokens_per_batch", "tokens_per_batch"),
     "train.lr_scheduler_type": ("lr_schedule", "lr_scheduler", "schedule", "scheduler"),
     "train.warmup_ratio": ("lr_warmup_steps", "num_warmup_steps", "warmup", "warmup_iters", "warmup_steps"),
+    "train.optim": ("optim_type", "optimizer", "optimizer_name", "optimizer_type"),
     "train.weight_decay": ("decay",),
     "train.max_grad_norm": ("clip_grad_norm", "gradient_clip_val", "gradient_clipping", "grad_clip", "max_norm"),
     "train.adam_beta1": ("beta1",),
@@ -143,8 +144,6 @@ FOREIGN = {theirs: ours for ours, names in _THEIRS.items() for theirs in names}
 
 # Their settings that have no key here, and why none is needed.
 NEEDLESS = {
-    "optim": "AdamW is the optimizer; remove the key",
-    "optimizer": "AdamW is the optimizer; remove the key",
     "use_peft": "an adapter is always trained; remove the key",
     "use_lora": "an adapter is always trained; remove the key",
     "bias": "biases of the base are never trained, so that adapter off is the base; remove the key",
@@ -179,6 +178,9 @@ VALUES: dict[tuple[str, str | int], str] = {
     ("dtype", "fp16"): "float16 overflows in training: use bfloat16 or float32",
     ("dtype", "half"): "float16 overflows in training: use bfloat16 or float32",
     ("train.lr_scheduler_type", "constant_with_warmup"): "use constant: train.warmup_ratio gives it its warm-up",
+    **{("train.optim", v): "use adamw" for v in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")},
+    ("train.optim", "adamw_torch_8bit"): "use adamw_8bit",
+    ("train.optim", "paged_adamw_32bit"): "use paged_adamw",
     ("train.max_grad_norm", 0): "write null to turn clipping off",
     ("train.max_steps", -1): "write null for no limit",
     ("data.eval", 0): "write null for no held-out rows",

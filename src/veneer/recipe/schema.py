@@ -135,6 +135,12 @@ class TrainRecipe(Section):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps that warm up"
     )
+    optim: Literal[
+        "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_bnb_8bit"
+    ] = Field(
+        default="adamw",
+        description="AdamW with its state in 32 or 8 bits; paged_ keeps it in host memory; bnb is bitsandbytes' own",
+    )
     weight_decay: NotNegative = Field(default=0.01, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive | None = Field(
         default=1.0, description="clip the gradient to this norm; null does not clip"

@@ -1,26 +1,79 @@
 """AdamW over one flat buffer: the whole adapter is two vectors, so a step is a handful of fused operations.
 
-Decoupled weight decay (Loshchilov & Hutter 2019, alg. 2):
-
-    p <- p - lr * wd * p
-    p <- p - lr * m_hat / (sqrt(v_hat) + eps)
-
 An adapter has hundreds of small tensors; their parameters become views into one float32 buffer and their gradients
-views into another. Clipping is then one norm, the all-reduce of a distributed run one call, and a checkpoint four
-tensors.
+views into another. Clipping is then one norm, the all-reduce of a distributed run one call, a checkpoint a few
+tensors, and the moments can be kept in 8 bits or paged without a launch for each tensor.
+
+The arithmetic is in :mod:`veneer.train.optimizer_update`, where the moments lie in
+:mod:`veneer.train.optimizer_memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import TrainError
+from veneer.errors import RecipeError, TrainError, did_you_mean
 from veneer.files import sha256_json
+from veneer.train.optimizer_bnb import BitsandbytesAdamW, import_bitsandbytes
+from veneer.train.optimizer_memory import Memory, Paged, Part, Resident, split
+from veneer.train.optimizer_update import AdamW, Update, Update8bit, Update32bit
 
-ALIGNMENT = 16  # elements: every tensor starts on a cache line
+PART = 1 << 20  # elements: what an 8-bit or a paged step has on the device at a time, in float32, is a few times this
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a name of ``train.optim`` stands for."""
+
+    bits: int
+    paged: bool = False
+    bitsandbytes: bool = False
+
+
+OPTIMIZERS = {
+    "adamw": Kind(32),
+    "adamw_8bit": Kind(8),
+    "paged_adamw": Kind(32, paged=True),
+    "paged_adamw_8bit": Kind(8, paged=True),
+    "adamw_bnb_8bit": Kind(8, bitsandbytes=True),
+    "paged_adamw_bnb_8bit": Kind(8, paged=True, bitsandbytes=True),
+}
+
+
+def check_optimizer(optim: str, device: torch.device) -> None:
+    """Raises what :class:`FlatAdamW` would for a kind that does not run here, before anything long has begun.
+
+    Raises:
+        RecipeError: an unknown kind; bitsandbytes' kinds without CUDA or without bitsandbytes.
+    """
+    kind = OPTIMIZERS.get(optim)
+    if kind is None:
+        hint = did_you_mean(optim, OPTIMIZERS) or f"use one of {', '.join(OPTIMIZERS)}"
+        raise RecipeError(f"unknown optimizer '{optim}'", where="train.optim", fix=hint)
+    if kind.bitsandbytes and device.type != "cuda":
+        own = optim.replace("_bnb", "")
+        raise RecipeError(
+            f"'{optim}' is bitsandbytes' optimizer for CUDA, and this run is on {device}",
+            where="train.optim",
+            fix=f"use {own}, which runs on any device",
+        )
+    if kind.bitsandbytes:
+        import_bitsandbytes()
+
+
+class Optimizer(Protocol):
+    """The steps over the flat buffer, and their state."""
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class FlatAdamW:
@@ -31,16 +84,22 @@ class FlatAdamW:
     Args:
         named_parameters: ``(name, parameter)`` in a fixed order; all float32, on one device. Their ``data`` and
             ``grad`` are replaced by views; shapes and values stay.
+        optim: the moments' format and place, a name in :data:`OPTIMIZERS`. ``adamw`` keeps 8 bytes of moments for each
+            parameter, the 8-bit kinds 2 bytes and 8 more for each 256 parameters. Paged moments lie in pinned host
+            memory and visit the device part by part; without CUDA nothing is paged, and on the CPU the moments are
+            in host memory anyway.
         betas, eps, weight_decay: Adam's.
 
     Raises:
         TrainError: no parameters, or a parameter that is not float32.
+        RecipeError: a kind that is unknown, or does not run here.
     """
 
     def __init__(
         self,
         named_parameters: Sequence[tuple[str, nn.Parameter]],
         *,
+        optim: str = "adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -54,6 +113,11 @@ class FlatAdamW:
                     where=name,
                     fix="load the base in bfloat16 if memory is short; the adapter stays in float32",
                 )
+        device = named_parameters[0][1].device
+        check_optimizer(optim, device)
+        self.optim = optim
+        kind = OPTIMIZERS[optim]
+        update: Update = (Update8bit if kind.bits == 8 else Update32bit)(*betas, eps)
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
         # Decayed tensors first, so that each of the two groups is one contiguous slice.
@@ -62,10 +126,9 @@ class FlatAdamW:
         end = decayed = 0
         for index in order:
             self._offsets[index] = end
-            end += -(-self.parameters[index].numel() // ALIGNMENT) * ALIGNMENT
+            end += -(-self.parameters[index].numel() // update.alignment) * update.alignment
             if self.parameters[index].dim() >= 2:
                 decayed = end
-        device = self.parameters[0].device
         self.flat = torch.zeros(end, dtype=torch.float32, device=device)
         self.grad = torch.zeros(end, dtype=torch.float32, device=device)
         self.grad_views: list[Tensor] = []
@@ -76,15 +139,13 @@ class FlatAdamW:
             parameter.data = view
             self.grad_views.append(self.grad[part].view(parameter.shape))
             parameter.grad = self.grad_views[-1]
-        groups = []
-        for part, decay in ((slice(0, decayed), weight_decay), (slice(decayed, end), 0.0)):
-            if part.stop > part.start:
-                whole = nn.Parameter(self.flat[part])
-                whole.grad = self.grad[part]
-                groups.append({"params": [whole], "weight_decay": decay})
-        self._adam = torch.optim.AdamW(
-            groups, lr=0.0, betas=betas, eps=eps, fused=device.type in ("cpu", "cuda", "mps")
-        )
+        groups = [Part(0, decayed, weight_decay), Part(decayed, end, 0.0)]
+        groups = [group for group in groups if group.stop > group.start]
+        self._optimizer: Optimizer
+        if kind.bitsandbytes:
+            self._optimizer = BitsandbytesAdamW(self.flat, self.grad, groups, betas=betas, eps=eps, paged=kind.paged)
+        else:
+            self._optimizer = _own(kind, self.flat, self.grad, groups, update)
 
     def zero_grad(self) -> None:
         """Clears the gradients of the step before, in place: the views stay."""
@@ -113,9 +174,7 @@ class FlatAdamW:
 
     def step(self, learning_rate: float) -> None:
         """One AdamW update with the gradient that :meth:`finish_gradient` left."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        self._adam.step()
+        self._optimizer.step(learning_rate)
 
     def nonzero_gradients(self) -> list[bool]:
         """For each parameter, whether its gradient has a non-zero entry."""
@@ -131,41 +190,45 @@ class FlatAdamW:
         """A hash of names, shapes and places: two optimizers with the same layout can exchange their state."""
         return sha256_json([[n, list(p.shape), o] for n, p, o in zip(self.names, self.parameters, self._offsets)])
 
+    @property
+    def description(self) -> str:
+        """The kind of optimizer, how much memory its state takes, and where, in one line."""
+        kind, device = OPTIMIZERS[self.optim], self.flat.device
+        size = sum(tensor.nbytes for tensor in self.state().values()) / 1e6
+        if not kind.paged:
+            place = f"on {device}"
+        elif device.type == "cuda":
+            place = f"in {'managed' if kind.bitsandbytes else 'pinned host'} memory, visiting {device} at each step"
+        elif device.type == "cpu":
+            place = "in host memory, where the parameters are too: there is nothing to page"
+        else:
+            place = f"on {device}: only CUDA is paged for"
+        return f"train.optim {self.optim}: {size:.1f} MB of optimizer state {place}"
+
     def state(self) -> dict[str, Tensor]:
-        """The moments as flat tensors in the buffer's layout: ``exp_avg [n]``, ``exp_avg_sq [n]``, ``steps [1]``."""
-        states = [self._adam.state[group["params"][0]] for group in self._adam.param_groups]
-        if not states[0]:
-            return {
-                "exp_avg": torch.zeros_like(self.flat),
-                "exp_avg_sq": torch.zeros_like(self.flat),
-                "steps": torch.zeros(1),
-            }
-        return {
-            "exp_avg": torch.cat([state["exp_avg"] for state in states]),
-            "exp_avg_sq": torch.cat([state["exp_avg_sq"] for state in states]),
-            "steps": states[0]["step"].reshape(1).float(),
-        }
+        """The moments as flat tensors in the buffer's layout, and ``steps [1]``; to be read before the next step.
+
+        In 32 bits ``exp_avg [n]`` and ``exp_avg_sq [n]``; in 8 bits their codes, with ``exp_avg_absmax [n / 256]`` and
+        ``exp_avg_sq_absmax [n / 256]``.
+        """
+        return self._optimizer.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` returned; the parameters themselves are loaded through the adapter.
 
         Raises:
-            TrainError: the state is of another size.
+            TrainError: the state is of another kind or size.
         """
-        if state["exp_avg"].numel() != self.flat.numel():
+        own = self.state()
+        if own.keys() != state.keys() or any(own[name].dtype != state[name].dtype for name in own):
+            raise TrainError(
+                f"the optimizer state is not one of '{self.optim}'", fix="resume with the train.optim of the run"
+            )
+        if any(own[name].shape != state[name].shape for name in own):
             raise TrainError(
                 "the optimizer state does not fit the adapter", fix="resume with the adapter settings of the run"
             )
-        start = 0
-        for group in self._adam.param_groups:
-            whole = group["params"][0]
-            part = slice(start, start + whole.numel())
-            self._adam.state[whole] = {
-                "step": state["steps"].reshape(()).to(whole.device, torch.float32, copy=True),
-                "exp_avg": state["exp_avg"][part].to(whole.device, copy=True),
-                "exp_avg_sq": state["exp_avg_sq"][part].to(whole.device, copy=True),
-            }
-            start += whole.numel()
+        self._optimizer.load_state(state)
 
     def _check_views(self) -> None:
         """A gradient that was replaced (``zero_grad(set_to_none=True)``, ``module.to``) would not be trained."""
@@ -176,3 +239,15 @@ class FlatAdamW:
                     where=name,
                     fix="do not set gradients to None or move the module while it trains",
                 )
+
+
+def _own(kind: Kind, flat: Tensor, grad: Tensor, groups: Sequence[Part], update: Update) -> AdamW:
+    """Ours: in 32 bits on the device a group is one fused operation, else it is updated part by part."""
+    paged = kind.paged and flat.device.type == "cuda"
+    parts = split(groups, PART) if kind.bits == 8 or paged else groups
+    memory: Memory = (
+        Paged(update.stored, flat.numel(), flat.device, largest=max(part.stop - part.start for part in parts))
+        if paged
+        else Resident(update.stored, flat.numel(), flat.device)
+    )
+    return AdamW(flat, grad, parts, update, memory)

@@ -23,13 +23,13 @@ from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, set_rng_state
-from veneer.train.checkpoint import checkpoint_path, defect, discard_after, safetensors_errors
+from veneer.train.checkpoint import checkpoint_path, defect, discard_after
 from veneer.train.distributed import World
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens
 from veneer.train.loop import Trainer, train_loop
-from veneer.train.optimizer import FlatAdamW
+from veneer.train.optimizer import FlatAdamW, check_optimizer
 from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows, seen_in_training
 from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
@@ -109,16 +109,20 @@ class Session:
             VeneerError: see :func:`veneer.train.train_recipe`.
         """
         settings, adapted, world = self.recipe.train, self.adapted, self.world
+        check_optimizer(settings.optim, self.base.device)
         warnings = self._say_what_was_read()
         check_head(adapted.module)
         if self.layout.packing:
             check_packing(adapted.module, self.dataset, self.base.device, self.layout.share_prefix)
         optimizer = FlatAdamW(
             adapted.named_parameters(),
+            optim=settings.optim,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
         )
+        if settings.optim != "adamw":
+            self.progress.message(optimizer.description)
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
         state = self._restored(optimizer, info) if resume and begun else TrainerState()
@@ -342,7 +346,7 @@ class Session:
                     f"the best checkpoint (step {state.best_step}) is lost: {reason}; the last is kept", "warning"
                 )
         if self.world.is_main:
-            with safetensors_errors(self.folder.adapter):
+            with storage_errors(self.folder.adapter):
                 self.adapted.save(self.folder.adapter, extra={"step": step, "run": self.folder.path.name})
         if state.best_step is None:
             record.message(f"{self.folder.adapter} holds the adapter of the last step, {step}")
