@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.errors import ModelError
 from veneer.kernels.frozen import frozen_linear
 from veneer.quant.config import QuantConfig
-from veneer.quant.quantize import quantize
+from veneer.quant.encode import quantize
 from veneer.quant.state import from_state_dict, state_dict, state_keys
 from veneer.quant.tensor import QuantizedTensor
 
