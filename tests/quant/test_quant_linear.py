@@ -215,6 +215,17 @@ def test_a_layer_shows_how_it_is_stored() -> None:
     assert repr(layer("int8", bias=False)) == "QuantizedLinear(96, 33, bias=False, scheme=int8)"
 
 
+def test_the_layer_as_a_plain_one_computes_the_same_and_shares_its_bias() -> None:
+    linear, x = layer(dtype=torch.bfloat16).eval(), torch.randn(4, 96).bfloat16()
+    plain = linear.dequantized()
+    assert type(plain) is nn.Linear
+    assert plain.bias is linear.bias
+    assert not plain.weight.requires_grad
+    assert not plain.training
+    assert torch.equal(plain.weight, linear.weight.dequantize())
+    assert (plain(x) - linear(x)).norm() < 4e-3 * plain(x).norm()
+
+
 def test_the_weight_cannot_be_replaced_behind_the_buffers() -> None:
     with pytest.raises(AttributeError):
         layer().weight = torch.randn(33, 96)  # type: ignore[misc,assignment]  # what must fail

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from veneer.errors import UsageError
 from veneer.quant.blockwise import NESTED_BLOCK, dequantize_blockwise
 from veneer.quant.config import QuantConfig
 from veneer.quant.packing import decode_4bit, decode_int8
 
-# The decoded weights that a product works on at a time: they stay in the second-level cache of a CPU. On other devices
-# launching costs more than memory does.
-TILE_BYTES = 1 << 20
+# The decoded weights that a product works on at a time: small enough to stay in a CPU's cache, large enough that calls
+# and narrow products cost nothing that shows. On other devices launching costs more than memory does.
+TILE_BYTES = 1 << 21
 TILE_BYTES_OFF_CPU = 1 << 27
 
 
@@ -145,16 +146,20 @@ class QuantizedTensor:
             ``[T, out]``.
         """
         height, width = self._matrix(flat=False)
+        if self._is_odd:
+            return F.linear(x, self.dequantize(), bias)
         y = torch.empty(x.shape[0], height, dtype=x.dtype, device=x.device)
+        codes, scales = self._grid(slice(0, height))
         step = min(height, max(1, self._tile_size() // width))
         tile = torch.empty(step, width, dtype=self.dtype, device=self.device)
         for first in range(0, height, step):
             rows = slice(first, min(first + step, height))
-            weight = self.dequantize(rows, out=tile[: rows.stop - first]).t()
+            weight = tile[: rows.stop - first]
+            self._decode(codes[rows], scales[rows], slice(0, width), weight)
             if bias is None:
-                torch.mm(x, weight, out=y[:, rows])
+                torch.mm(x, weight.t(), out=y[:, rows])
             else:
-                torch.addmm(bias[rows], x, weight, out=y[:, rows])
+                torch.addmm(bias[rows], x, weight.t(), out=y[:, rows])
         return y
 
     def grad_input(self, dy: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ class QuantizedTensor:
         """
         height, width = self._matrix(flat=False)
         if self._is_odd:
-            return dy @ self.dequantize()  # no column begins at a byte in every row
+            return dy @ self.dequantize()
         dx = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device)
         codes, scales = self._grid(slice(0, height))
         step = min(width, max(1, self._tile_size() // (height * self._group)) * self._group)
@@ -191,7 +196,7 @@ class QuantizedTensor:
 
     @property
     def _is_odd(self) -> bool:
-        """4 bits in rows of odd length: every other row begins in the middle of a byte."""
+        """4 bits in rows of odd length: every other row begins inside a byte, so there are no tiles of columns."""
         return self.config.scheme != "int8" and self.shape[-1] % 2 == 1
 
     @property
@@ -210,9 +215,8 @@ class QuantizedTensor:
         if self._group < size:
             skip = begin % size // self._group
             scales = scales.repeat_interleave(size // self._group)[skip : skip + (end - begin) // self._group]
-        return self.codes.view(-1)[begin // 2 : end // 2].view(count, width // 2), scales.view(
-            count, width // self._group
-        )
+        codes = self.codes.view(-1)[begin // 2 : end // 2].view(count, width // 2)
+        return codes, scales.view(count, width // self._group)
 
     def _scales(self, begin: int, end: int) -> Tensor:
         """``[end - begin]`` float32: the scales of these blocks, with the double quantisation undone."""
