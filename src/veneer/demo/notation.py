@@ -26,9 +26,10 @@ _FIRST_DAY, _LAST_DAY = date(2023, 1, 1), date(2026, 12, 31)
 DATE_PREPOSITION: dict[Language, str] = {"en": "on", "de": "am", "fr": "le", "es": "el"}
 
 
-def draw_date(rng: random.Random) -> date:
-    """A day of the years 2023 to 2026."""
-    return _FIRST_DAY + timedelta(days=rng.randrange((_LAST_DAY - _FIRST_DAY).days + 1))
+def draw_date(rng: random.Random, single_digits: float = 0.0) -> date:
+    """A day of the years 2023 to 2026; this share of them has a day of one digit for certain."""
+    day = _FIRST_DAY + timedelta(days=rng.randrange((_LAST_DAY - _FIRST_DAY).days + 1))
+    return day.replace(day=rng.randint(1, 9)) if single_digits and rng.random() < single_digits else day
 
 
 def write_date(rng: random.Random, day: date, language: Language) -> str:

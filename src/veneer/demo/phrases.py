@@ -27,6 +27,8 @@ REQUESTS: dict[str, Pool] = {
             "Don't send the {product}, I changed my mind.",
             "I ordered the {product} by mistake, cancel it please.",
             "Can I still call off the {product}?",
+            "Cancel one {product}, please.",
+            "Forget about that {product}, I don't want it any more.",
         ),
         "heldout": (
             "Kindly cancel my order of the {product}.",
@@ -45,6 +47,8 @@ REQUESTS: dict[str, Pool] = {
             "The {product} stopped working after a day.",
             "One corner of the {product} is dented.",
             "The {product} is defective.",
+            "You sent me a broken {product}.",
+            "What I unpacked was a badly dented {product}.",
         ),
         "heldout": (
             "My {product} was broken when I opened the parcel.",
@@ -63,6 +67,8 @@ REQUESTS: dict[str, Pool] = {
             "Tracking for the {product} has not moved for days.",
             "Has the {product} been shipped?",
             "The parcel with the {product} is late.",
+            "I was promised a {product} last week and nothing came.",
+            "Your driver never brought our {product}.",
         ),
         "heldout": (
             "I have not received the {product} yet.",
@@ -81,6 +87,8 @@ REQUESTS: dict[str, Pool] = {
             "You sent the wrong colour of the {product}, please swap it.",
             "Wrong size: can the {product} be exchanged?",
             "I want to trade the {product} for a different size.",
+            "I'd rather have a bigger {product}, can we swap?",
+            "Please take this {product} back and send another size.",
         ),
         "heldout": (
             "May I exchange my {product} for another size?",
@@ -99,6 +107,8 @@ REQUESTS: dict[str, Pool] = {
             "Can you email the invoice for my {product}?",
             "I never got a receipt for the {product}.",
             "I need a bill with VAT for the {product}.",
+            "We bought a {product} and need the invoice for our books.",
+            "Please write an invoice for one {product}.",
         ),
         "heldout": (
             "Could you send the invoice of the {product} again?",
@@ -117,6 +127,8 @@ REQUESTS: dict[str, Pool] = {
             "I returned the {product} and await the refund.",
             "I am not happy with the {product} and ask for a refund.",
             "Please pay me back for the {product}.",
+            "I sent you a {product} back, now I want my money.",
+            "Refund this {product}, please.",
         ),
         "heldout": (
             "Could you refund my {product}?",
@@ -201,19 +213,25 @@ SIGNATURES: dict[Language, Pool] = {
         "train": ("Thanks, {name}", "Regards, {name}", "{name}", "Best, {name}", "Thank you, {name}"),
         "heldout": ("Cheers, {name}", "Kind regards, {name}", "Many thanks, {name}", "- {name}"),
     },
-    "de": {"train": ("Danke, {name}", "Gruß, {name}"), "heldout": ("Viele Grüße, {name}", "Besten Dank, {name}")},
+    "de": {
+        "train": ("Danke, {name}", "Gruß, {name}", "Liebe Grüße, {name}", "Danke im Voraus, {name}", "MfG, {name}"),
+        "heldout": ("Viele Grüße, {name}", "Besten Dank, {name}"),
+    },
     "fr": {
-        "train": ("Merci, {name}", "Cordialement, {name}"),
+        "train": ("Merci, {name}", "Cordialement, {name}", "Merci d'avance, {name}", "Salutations, {name}"),
         "heldout": ("Merci bien, {name}", "Bien à vous, {name}"),
     },
-    "es": {"train": ("Gracias, {name}", "Saludos, {name}"), "heldout": ("Muchas gracias, {name}", "Un saludo, {name}")},
+    "es": {
+        "train": ("Gracias, {name}", "Saludos, {name}", "Atentamente, {name}", "Un abrazo, {name}"),
+        "heldout": ("Muchas gracias, {name}", "Un saludo, {name}"),
+    },
 }
 
 THANKS: dict[Language, Pool] = {
     "en": {"train": ("Thanks!", "Thank you.", "Please hurry."), "heldout": ("Many thanks!", "Please reply soon.")},
-    "de": {"train": ("Danke!",), "heldout": ("Vielen Dank!",)},
-    "fr": {"train": ("Merci !",), "heldout": ("Merci beaucoup !",)},
-    "es": {"train": ("¡Gracias!",), "heldout": ("¡Muchas gracias!",)},
+    "de": {"train": ("Danke!", "Danke schön!", "Bitte schnell!"), "heldout": ("Vielen Dank!",)},
+    "fr": {"train": ("Merci !", "Merci d'avance !"), "heldout": ("Merci beaucoup !",)},
+    "es": {"train": ("¡Gracias!", "¡Mil gracias!"), "heldout": ("¡Muchas gracias!",)},
 }
 
 # Things that look like a fact and are none; the words around them say so.
@@ -223,15 +241,31 @@ DISTRACTORS: dict[str, Pool] = {
             "My last order {order} was fine.",
             "Not order {order}, that one came.",
             "My customer code is {order}.",
+            "My previous order was {order}.",
+            "Keep order {order}.",
+            "Order {order} was for my sister.",
         ),
         "heldout": ("My earlier order {order} was fine.", "Please leave order {order} as it is."),
     },
     "amount": {
-        "train": ("Shipping was {amount}.", "I have a voucher of {amount}.", "Delivery fee: {amount}."),
+        "train": (
+            "Shipping was {amount}.",
+            "I have a voucher of {amount}.",
+            "Delivery fee: {amount}.",
+            "The coupon was for {amount}.",
+            "Postage is {amount}.",
+            "My gift card has {amount} left.",
+        ),
         "heldout": ("Shipping cost {amount}.", "My voucher is worth {amount}."),
     },
     "date": {
-        "train": ("I am away until {date}.", "I need an answer by {date}.", "My birthday is {on_date}."),
+        "train": (
+            "I am away until {date}.",
+            "I need an answer by {date}.",
+            "My birthday is {on_date}.",
+            "Call me before {date}.",
+            "We move {on_date}.",
+        ),
         "heldout": ("I am on holiday until {date}.", "Please answer by {date}."),
     },
     "phone": {
@@ -243,7 +277,12 @@ DISTRACTORS: dict[str, Pool] = {
         "heldout": ("Postcode {postcode}.", "My address is in {postcode}."),
     },
     "person": {
-        "train": ("{name} from your team could not help.", "I spoke to {name} of your hotline."),
+        "train": (
+            "{name} from your team could not help.",
+            "I spoke to {name} of your hotline.",
+            "My neighbour {name} saw it.",
+            "Your agent {name} was kind.",
+        ),
         "heldout": ("Your colleague {name} could not help.", "I talked to {name} from support."),
     },
 }

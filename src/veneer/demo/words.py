@@ -29,6 +29,11 @@ FIRST_NAMES: dict[Split, tuple[str, ...]] = {
         Jasmine Jason Joan Johanna Judith Kathrin Kim Klara Lars Leila Leonie Lily Louis Lucia Luis Magda Manuel Marcus
         Margaret Max Mia Michael Miriam Mona Nathan Nicole Norbert Olga Otto Pamela Patrick Pia Ralph Renate Rita Roman
         Ruth Samuel Sebastian Silke Stella Stephen Susan Sven Tara Theo Tobias Vera Vincent Wanda Xavier Yvonne Zack
+        Aaron Ada Alina Amara Anton Ariel Arlo Asha Astrid Axel Beata Bianca Bodo Boris Bridget Caleb Celia Chiara
+        Dalia Damian Dario Delia Dmitri Edda Elias Elsa Emre Esra Ezra Felicia Flora Freya Gavin Gideon Giulia Greta
+        Hamza Ida Ilse Imani Ingrid Ivo Jana Jelena Jonas Josef Joy Kai Kamal Katja Kofi Lena Liam Lila Lorenz Mara
+        Milan Mira Nadia Nico Nils Nuria Odette Omid Owen Paolo Petra Quentin Rafael Rahul Rhea Romy Rory Rufus Sanjay
+        Selma Sina Soren Talia Tamsin Ugo Uma Uwe Valentin Viola Wilma Yara Yusuf Zara Zeno
     """),
     "heldout": _words("""
         Adam Bella Charles Diana Eric Fiona George Helen Ian Jane Kurt Linda Mark Naomi Oliver Rachel Simon Teresa
@@ -47,6 +52,10 @@ LAST_NAMES: dict[Split, tuple[str, ...]] = {
         Kraus Lambert Lawson Lindner Logan Lucas Lynch Maier Manning Mason Mercer Mills Monroe Nash Newton Norris
         Olsen Osborne Otto Parker Pearce Pfeiffer Porter Quinn Ramsey Reyes Rhodes Riley Sauer Sharp Simmons Steiner
         Sutton Tate Thorne Tucker Vance Vargas Vaughn Voss Wade Walsh Watts Wells Winter Wright York Zimmer
+        Abbas Ahmed Albrecht Aydin Bauer Bianchi Bloom Brennan Cho Conti Costa Cruz Dahl Diaz Eriksen Farah Ferrari
+        Flores Fontaine Ghosh Gupta Haug Herrera Hirsch Iqbal Ivanov Joshi Kaya Khan Kim Kovac Lam Larsen Lemaire Lind
+        Maki Marino Mehta Molina Mori Nakamura Nowak Ochoa Okoye Orlov Ortega Osei Pavlov Pereira Petit Popov Quiroga
+        Rahman Ramos Renard Romano Roux Sato Schulz Shah Sokolov Soto Suzuki Tran Udo Ueda Vidal Vlasov Weiss Zhou
     """),
     "heldout": _words("""
         Allen Bennett Brooks Campbell Cook Duncan Fox Graham Howard Hunt Jackson Kelly Lane Marsh Nelson Palmer
@@ -61,6 +70,9 @@ MATERIALS: dict[Split, tuple[str, ...]] = {
         oak walnut pine steel copper brass glass leather linen cotton wool velvet bamboo marble ceramic silk mahogany
         teak maple birch ash beech denim canvas felt fleece jute hemp satin tweed nylon chrome bronze titanium pewter
         tin nickel silver granite slate quartz porcelain enamel cork wicker resin acrylic plastic paper rubber foam
+        elm fir yew cedar palm balsa alder hazel spruce larch willow poplar rosewood ebony olive plum pear apple fig
+        clay jade onyx opal amber coral pearl gold zinc lead iridium carbon chalk sand straw reed raffia sisal kapok
+        mohair angora alpaca cashmere flannel tulle lace chiffon muslin corduroy gauze terry chenille oilcloth vinyl
         """
     ),
     "heldout": _words("oak steel glass leather cotton wool ceramic cherry iron rattan suede"),
@@ -70,6 +82,12 @@ LOOKS: dict[Split, tuple[str, ...]] = {
     "train": _words("""
         black white red blue green grey yellow large small folding wireless portable vintage Arbor Nordal Luma Kestrel
         pink turquoise beige ivory golden striped slim round square tall cordless stackable heavy soft
+        teal mauve lilac olive crimson navy khaki cyan maroon scarlet indigo peach mint rusty pale dark bright matt
+        oval narrow wide long short flat thin thick mini giant double single light quiet smart retro classic modern
+        rustic antique foldaway adjustable rotating magnetic electric solar battery waterless washable shockproof
+        windproof fireproof oversized padded quilted woven knitted painted polished carved hanging floating nautical
+        Arlo Boden Casper Delta Ekko Fjord Gable Ikon Juno Koala Lynx Mistral Nimbus Otter Puma Raven Sparrow Tundra
+        Umbra Viper Willow Yeti Zephyr Orion Badger Falcon Heron
     """),
     "heldout": _words(
         "black white red blue small folding wireless orange purple compact waterproof Solva Tamar Bergen"
@@ -83,7 +101,11 @@ PRODUCTS: dict[Split, tuple[str, ...]] = {
         picture frame, backpack, wallet, handbag, suitcase, umbrella, scarf, sweater, jacket, belt, sneaker, bath robe,
         glove, headset, keyboard, phone case, speaker, alarm clock, camera strap, notebook, pencil case, garden chair,
         watering can, plant pot, bird feeder, tent, sleeping bag, yoga mat, bike helmet, water bottle, board game,
-        puzzle, toy train""",
+        puzzle, toy train, ottoman, sideboard, bench, cabinet, nightstand, towel rail, bath mat, bed sheet, duvet,
+        tea tray, whisk, grater, ladle, blender, juicer, pepper mill, butter dish, cake stand, coat rack, key ring,
+        beanie, tie clip, cardigan, slipper, earphone, webcam, power bank, mouse pad, laptop sleeve, ink pot, ruler,
+        stapler, lantern, deck chair, parasol, rake, trowel, cooler, rope ladder, kite, card game, teddy bear,
+        rocking horse""",
         ",",
     ),
     "heldout": _words(
@@ -101,19 +123,21 @@ CODE_LAST_DIGITS: dict[Split, str] = {"train": "01245689", "heldout": "37"}
 
 
 INVENTED_RATE = 1 / 3  # of the training rows' first names, last names, looks and materials
-_ONSETS = _words("b br c ch d dr f fl g gr h j k l m n p pr r s sh st t tr v w z")
-_VOWELS = _words("a e i o u a e i o ea")
-_CODAS = _words("l n r s x m ck nd rt th")
+_ONSETS = _words("b br c ch d dr f fl g gr h j k l m n p ph pr qu r s sh st sw t tr v w z")
+_VOWELS = _words("a e i o u a e i o ea ee ai ou ue")
+_MIDDLES = _words("b c d f g k l m n p r s t v ck dd ll ld mp nd nn ng rk rr ss st tt th")
+_ENDS = _words("a e o y an ar as el en er ia ie in is it le on or us al ed ock ane ide ort ude")
 _HELD_OUT_WORDS = {word.lower() for lists in (FIRST_NAMES, LAST_NAMES, LOOKS, MATERIALS) for word in lists["heldout"]}
 
 
 def invent_word(rng: random.Random) -> str:
-    """A capitalised word of two syllables that is in no list, such as "Velorn" or "Brasu"; never a held-out name."""
+    """A capitalised word that is in no list, such as "Vuttan", "Elder" or "Brasorude"; never a held-out name."""
     while True:
-        syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)]
-        word = ("".join(syllables) + (rng.choice(_CODAS) if rng.random() < 0.6 else "")).capitalize()
-        if word.lower() not in _HELD_OUT_WORDS:
-            return word
+        start = rng.choice(_ONSETS) if rng.random() < 0.85 else ""
+        longer = rng.choice(_MIDDLES) + rng.choice(_VOWELS) if rng.random() < 0.1 else ""
+        word = start + rng.choice(_VOWELS) + longer + rng.choice(_MIDDLES) + rng.choice(_ENDS)
+        if word not in _HELD_OUT_WORDS:
+            return word.capitalize()
 
 
 def draw_name(rng: random.Random, split: Split) -> str:
@@ -122,7 +146,11 @@ def draw_name(rng: random.Random, split: Split) -> str:
 
 
 def _name(rng: random.Random, names: dict[Split, tuple[str, ...]], split: Split) -> str:
-    return invent_word(rng) if split == "train" and rng.random() < INVENTED_RATE else rng.choice(names[split])
+    if split == "heldout":
+        return rng.choice(names[split])
+    if rng.random() < INVENTED_RATE:
+        return invent_word(rng)
+    return names[split][int(rng.random() ** 2 * len(names[split]))]  # some words are common, most are rare
 
 
 def draw_product(rng: random.Random, split: Split) -> str:
