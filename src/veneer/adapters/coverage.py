@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapters.slots import base_modules
 from veneer.adapters.targets import Plan, kind_of
+from veneer.quant import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,14 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
         )
         for (name, layer), paths in groups.items()
     )
-    base_parameters = sum(
-        {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}.values()
-    )
+    held = {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}
+    in_codes = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLinear))
+    base_parameters = sum(held.values()) + in_codes
     return Coverage(table, base_parameters, plan.unmatched)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight: Any = module.weight
     return tuple(weight.shape)
 
 

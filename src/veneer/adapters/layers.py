@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.kernels.frozen import Weight, as_tensor
 from veneer.kernels.lora_linear import lora_linear
+from veneer.quant import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LoraFactors:
     dropout: float  # on the input of A; 0.0 outside of training
 
 
-def master_dtype(tensor: Tensor) -> torch.dtype:
+def master_dtype(tensor: Weight) -> torch.dtype:
     """The dtype of a trained tensor over ``tensor``: float32, or float64 over float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -59,7 +61,7 @@ class LoraAdapter(nn.Module):
         like: a tensor of the base layer: gives the device, and the dtype through :func:`master_dtype`.
     """
 
-    def __init__(self, width_in: int, width_out: int, r: int, scaling: float, dropout: float, like: Tensor) -> None:
+    def __init__(self, width_in: int, width_out: int, r: int, scaling: float, dropout: float, like: Weight) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.zeros(r, width_in, dtype=master_dtype(like), device=like.device))
         self.B = nn.Parameter(torch.zeros(width_out, r, dtype=master_dtype(like), device=like.device))
@@ -85,7 +87,7 @@ class LoraLinear(nn.Module):
     """A frozen linear with adapters.
 
     Args:
-        base_layer: an ``nn.Linear`` (weight ``[out, in]``), or GPT-2's ``Conv1D`` (weight ``[in, out]``).
+        base_layer: an ``nn.Linear`` or ``QuantizedLinear`` (weight ``[out, in]``), or GPT-2 ``Conv1D`` (``[in, out]``).
         transposed: the base's weight is ``[in, out]``.
     """
 
@@ -99,8 +101,8 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
 
     @property
-    def weight(self) -> Tensor:
-        """The base's own weight, as it lies there; without the adapters."""
+    def weight(self) -> Weight:
+        """The base's own weight, as it lies there, perhaps in codes; without the adapters."""
         return self.base_layer.weight  # type: ignore[return-value]  # nn.Module's attributes are untyped
 
     @property
@@ -128,7 +130,9 @@ class LoraLinear(nn.Module):
             return self.base_layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         only = factors[0]
         if len(factors) == 1 and not only.dropout and self.is_plain(x):
-            weight = self.weight.t() if self.transposed else self.weight
+            weight = self.weight
+            if self.transposed and isinstance(weight, Tensor):
+                weight = weight.t()
             return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling)
         y: Tensor = self.base_layer(x)
         for f in factors:
@@ -142,7 +146,7 @@ class LoraLinear(nn.Module):
         base = self.base_layer
         return (
             x.dtype == self.weight.dtype
-            and (self.transposed or type(base).forward is nn.Linear.forward)
+            and (self.transposed or type(base).forward in (nn.Linear.forward, QuantizedLinear.forward))
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not torch.is_autocast_enabled(x.device.type)
@@ -161,7 +165,7 @@ class LoraLinear(nn.Module):
         delta = sum_of_deltas(self, names)
         if delta is None:
             return {}
-        weight = self.weight.detach()
+        weight = as_tensor(self.weight).detach()
         return {"weight": (weight.to(delta.dtype) + (delta.t() if self.transposed else delta)).to(weight.dtype)}
 
 

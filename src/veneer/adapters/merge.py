@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from veneer.adapters.model import AdaptedModel
 from veneer.adapters.slots import places, slots
 from veneer.errors import AdapterError
+from veneer.quant import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class MergeReport:
 def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
     """A plain module whose weights hold an adapter (by default: all that are in use).
 
-    The adapted model stays as it is. Tensors that the adapter does not change are shared with the base, not copied.
+    The adapted model stays as it is. Tensors that the adapter does not change are shared with the base, not copied;
+    weights in codes become plain tensors, the adapter added to what their codes stand for.
     Where an embedding and a head that share one matrix come out different, they are untied, and the config says so.
 
     Raises:
@@ -66,11 +68,12 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
     for _, slot in found:
         for parent, attribute in hanging[id(slot)]:
             setattr(parent, attribute, slot.base_layer)
+    plain = _dequantize(merged)
     ties = _ties(merged)
     made: dict[int, list[nn.Parameter]] = {}
     for (_, slot), change in zip(found, changes):
         for key, tensor in change.items():
-            _replace(slot.base_layer, key, tensor, made)
+            _replace(plain.get(id(slot.base_layer), slot.base_layer), key, tensor, made)
     _settle(merged, ties)
     return merged
 
@@ -120,6 +123,18 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(low.isfinite() & high.isfinite())
+
+
+def _dequantize(module: nn.Module) -> dict[int, nn.Module]:
+    """Puts a plain linear into the place of each quantised one; returns them by the id of what they replace."""
+    plain: dict[int, nn.Module] = {}
+    for layer_id, hanging in places(module).items():
+        layer = getattr(*hanging[0])
+        if isinstance(layer, QuantizedLinear):
+            plain[layer_id] = layer.dequantized()
+            for parent, attribute in hanging:
+                setattr(parent, attribute, plain[layer_id])
+    return plain
 
 
 def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:

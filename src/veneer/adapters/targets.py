@@ -16,6 +16,7 @@ from torch import nn
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.slots import SLOTS, base_modules
 from veneer.errors import AdapterError, did_you_mean
+from veneer.quant import QuantizedLinear
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -79,13 +80,13 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
 def kind_of(module: nn.Module) -> Kind | None:
     """How ``module`` is adapted, or None where it cannot be."""
     weight: Any = getattr(module, "weight", None)
-    if weight is None or getattr(weight, "ndim", 0) != 2 or not weight.is_floating_point():
+    if weight is None or getattr(weight, "ndim", 0) != 2 or not weight.dtype.is_floating_point:
         return None
     if isinstance(module, nn.Embedding):
         # A subclass may do more than look up rows; Gemma's factor on the output is known, anything else is not.
         known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
         return "embedding" if known else None
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | QuantizedLinear):
         return "linear" if tuple(weight.shape) == (module.out_features, module.in_features) else None
     # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
     is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]

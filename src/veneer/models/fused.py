@@ -8,6 +8,7 @@ not recognised keeps its own code and still trains. Names of children stay, so p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from veneer.adapters.layers import LoraLinear
 from veneer.kernels.gated_mlp import LowRankLinear, gated_mlp
 from veneer.kernels.rms_norm import rms_norm
 from veneer.models import attention
+from veneer.quant import QuantizedLinear
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu"}
 _ACTIVATIONS |= {"PytorchGELUTanh": "gelu_tanh", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}
@@ -107,7 +109,7 @@ def _fused_block(block: nn.Module) -> nn.Module | None:
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         act = _ACTIVATIONS.get(type(children["act_fn"]).__name__)
         gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        if act is None or any(type(layer) is not nn.Linear for layer in (gate, up, down)):
+        if act is None or any(type(layer) not in (nn.Linear, QuantizedLinear) for layer in (gate, up, down)):
             return None
         return FusedGatedMlp(gate, up, down, children["act_fn"], act)
     parameters = dict(block.named_parameters())
@@ -121,22 +123,17 @@ def _fused_block(block: nn.Module) -> nn.Module | None:
 @torch.no_grad()
 def _same_output(original: nn.Module, block: nn.Module) -> bool:
     """Whether both give the same on a random input, the MLP through its fused path with a zero update."""
-    weight = next(original.parameters())
-    width = weight.shape[-1]
+    weight: Any = block.gate_proj.weight if isinstance(block, FusedGatedMlp) else block.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, width, generator=generator).to(weight)
+    x = torch.randn(3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     expected = original(x)
     if isinstance(block, FusedGatedMlp):
+        layers: list[Any] = [block.gate_proj, block.up_proj, block.down_proj]
         parts = [
             LowRankLinear(
-                layer.weight,
-                layer.bias,
-                layer.weight.new_zeros(1, layer.in_features),
-                layer.weight.new_zeros(layer.out_features, 1),
-                1.0,
+                layer.weight, layer.bias, x.new_zeros(1, layer.in_features), x.new_zeros(layer.out_features, 1), 1.0
             )
-            for layer in (block.gate_proj, block.up_proj, block.down_proj)
-            if isinstance(layer, nn.Linear)
+            for layer in layers
         ]
         got = gated_mlp(x, parts[0], parts[1], parts[2], block._act)
     else:
