@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from veneer.adapters import LoraConfig, LoraEmbedding, LoraLinear, attach, merge, merge_report
+from veneer.adapters.merge import compare_logits
 from veneer.errors import AdapterError
 
 CASES = {
@@ -160,3 +163,37 @@ def test_merging_leaves_no_adapter_layer_behind(llama, ids, train):
     merged = merge(trained(llama(), {"target_modules": ["embed_tokens", "q_proj"]}, ids, train))
     assert not any(isinstance(m, LoraLinear | LoraEmbedding) for m in merged.modules())
     attach(merged, LoraConfig(r=2))  # it can be adapted again
+
+
+def test_the_comparison_is_the_formula_whatever_parts_and_chunks_it_comes_in(monkeypatch):
+    torch.manual_seed(0)
+    before, targets = torch.randn(37, 64), torch.randint(64, (37,))
+    after = before + 0.1 * torch.randn(37, 64)
+    p, q = (logits.double().log_softmax(-1) for logits in (before, after))
+    whole = compare_logits([(before, after, targets)], torch.bfloat16)
+    assert whole.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-9)
+    assert whole.top1_agreement == float((before.argmax(-1) == after.argmax(-1)).double().mean()) < 1
+    assert whole.max_abs_logit_difference == float((before - after).abs().max())
+    for logp, found in ((p, whole.perplexity_before), (q, whole.perplexity)):
+        assert found == pytest.approx(float(torch.exp(-logp.gather(1, targets[:, None]).mean())), rel=1e-9)
+    assert (whole.positions, whole.dtype) == (37, "bfloat16")
+    assert f"{whole.perplexity:.5g} ({whole.perplexity_before:.5g} before)" in str(whole)
+
+    monkeypatch.setattr(import_module("veneer.adapters.merge"), "_CHUNK_NUMBERS", 64 * 5)
+    parts = [(before[i : i + 17], after[i : i + 17], targets[i : i + 17]) for i in (0, 17, 34)]
+    assert compare_logits(parts, torch.bfloat16).mean_kl == pytest.approx(whole.mean_kl, rel=1e-9)
+    without = compare_logits([(*parts[0][:2], None), *parts[1:]], torch.bfloat16)
+    assert (without.perplexity, without.perplexity_before) == (None, None)
+    assert "perplexity" not in str(without)
+
+
+def test_a_small_drift_is_not_lost_in_the_sum_over_a_large_vocabulary():
+    """In float32 this KL of about 5e-11 drowns in rounding, and may come out below zero."""
+    torch.manual_seed(0)
+    before = torch.randn(8, 50_000).double()
+    after = before + 1e-5 * torch.randn(8, 50_000)
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    found = compare_logits([(before, after, None)], torch.float32).mean_kl
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert 1e-11 < found < 1e-10

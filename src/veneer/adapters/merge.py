@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from veneer.adapters.slots import places, slots
 from veneer.errors import AdapterError
 from veneer.quant import QuantizedLinear
 
+_CHUNK_NUMBERS = 1 << 23  # logits that are compared at a time: 64 MB in float64
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -28,13 +32,18 @@ class MergeReport:
     top1_agreement: float  # share of positions with the same most likely token
     positions: int
     dtype: str  # of the merged weights
+    perplexity: float | None = None  # of the merged model, where it is known which tokens came next
+    perplexity_before: float | None = None  # of the adapted model, likewise
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"merged in {self.dtype}: over {self.positions} positions the largest logit difference is "
             f"{self.max_abs_logit_difference:.3g}, the mean KL {self.mean_kl:.3g} nats, "
             f"the same first choice in {100 * self.top1_agreement:.2f} %"
         )
+        if self.perplexity is None or self.perplexity_before is None:
+            return text
+        return f"{text}, the perplexity {self.perplexity:.5g} ({self.perplexity_before:.5g} before)"
 
 
 @torch.no_grad()
@@ -93,15 +102,57 @@ def merge_report(
     before, after = _logits(adapted.module, input_ids, attention_mask), _logits(merged, input_ids, attention_mask)
     if attention_mask is not None:
         before, after = before[attention_mask.bool()], after[attention_mask.bool()]
-    before, after = before.flatten(0, -2), after.flatten(0, -2)
-    p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
+    return compare_logits([(before.flatten(0, -2), after.flatten(0, -2), None)], next(merged.parameters()).dtype)
+
+
+def compare_logits(parts: Iterable[tuple[Tensor, Tensor, Tensor | None]], dtype: torch.dtype) -> MergeReport:
+    """How far the second logits of each part are from the first, over all parts.
+
+    Sums are made in float64: the KL of a good merge is smaller than what float32 loses in a sum over the vocabulary.
+
+    Args:
+        parts: the adapted model's logits ``[n, V]``, the merged model's, and the tokens ``[n]`` int64 that came next,
+            for the perplexity; without them in any part there is none.
+        dtype: of the merged weights.
+    """
+    largest, kl, agreed, count = 0.0, 0.0, 0, 0
+    nll_before, nll_after, has_targets = 0.0, 0.0, True
+    for before, after, targets in _in_chunks(parts):
+        p, q = F.log_softmax(before.double(), -1), F.log_softmax(after.double(), -1)
+        largest = max(largest, float((before - after).abs().max()))
+        kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
+        count += len(before)
+        has_targets = has_targets and targets is not None
+        if targets is not None:
+            nll_before += float(F.nll_loss(p, targets, reduction="sum"))
+            nll_after += float(F.nll_loss(q, targets, reduction="sum"))
     return MergeReport(
-        max_abs_logit_difference=float((before - after).abs().max()),
-        mean_kl=float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()),
-        top1_agreement=float((before.argmax(-1) == after.argmax(-1)).float().mean()),
-        positions=len(before),
-        dtype=str(next(merged.parameters()).dtype).removeprefix("torch."),
+        max_abs_logit_difference=largest,
+        mean_kl=kl / count,
+        top1_agreement=agreed / count,
+        positions=count,
+        dtype=str(dtype).removeprefix("torch."),
+        perplexity=_exp(nll_after / count) if has_targets else None,
+        perplexity_before=_exp(nll_before / count) if has_targets else None,
     )
+
+
+def _in_chunks(
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The parts in pieces of some positions, on a device that has float64."""
+    for before, after, targets in parts:
+        where = torch.device("cpu") if after.device.type == "mps" else after.device
+        step = max(1, _CHUNK_NUMBERS // after.shape[-1])
+        for start in range(0, len(after), step):
+            rows = slice(start, start + step)
+            labels = None if targets is None else targets[rows].to(where)
+            yield before[rows].to(where), after[rows].to(where), labels
+
+
+def _exp(mean_nll: float) -> float:
+    return math.exp(min(mean_nll, 700.0))  # beyond it there is no float
 
 
 def _logits(module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -1,12 +1,14 @@
 """An adapter on disk, in PEFT's format, and back: strict both ways, same adapter same bytes, never a pickle.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT's), and ``veneer.json`` (which base the
-adapter belongs to; PEFT does not read it). Keys are ``base_model.model.<path>.<tensor>``, without the adapter's name.
+adapter belongs to, and how that was quantised; PEFT does not read it). Keys are ``base_model.model.<path>.<tensor>``,
+without the adapter's name.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from veneer import __version__
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
+from veneer.adapters.precision import Precision, precision_of
 from veneer.adapters.slots import base_modules
 from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve, stable_patterns
 from veneer.errors import AdapterError, StorageError
@@ -28,6 +31,8 @@ from veneer.files import atomic_folder, write_json
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
 _OURS = {CONFIG, WEIGHTS, RECORD, "README.md"}
 
+_log = logging.getLogger("veneer.adapters")
+
 
 def save_adapter(
     adapted: AdaptedModel, folder: str | Path, *, name: str | None = None, extra: Mapping[str, Any] | None = None
@@ -35,7 +40,7 @@ def save_adapter(
     """Writes an adapter (the active one) as a folder that is whole or absent.
 
     Args:
-        extra: JSON-able notes for ``veneer.json``, beside the base's identity and Veneer's version.
+        extra: JSON-able notes for ``veneer.json``, beside the base's identity and precision and Veneer's version.
 
     Returns:
         The folder.
@@ -52,7 +57,8 @@ def save_adapter(
             what = f"the folder holds other files ({', '.join(strangers[:3])})"
             raise StorageError(what, where=str(target), fix="save the adapter in a folder of its own")
     identity = None if adapted.base is None else adapted.base.identity.to_dict()
-    record = {**(extra or {}), "base": identity, "veneer_version": __version__}
+    quantization = precision_of(adapted.base).to_dict()
+    record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
     with atomic_folder(target) as temporary:
         write_json(temporary / CONFIG, _file_config(adapted, name))
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -68,15 +74,18 @@ def load_adapter(
     *,
     name: str = "default",
     allow_base_mismatch: bool = False,
+    allow_other_precision: bool = False,
 ) -> AdaptedModel:
     """Puts a saved adapter on a base and makes it the active one.
 
     Every tensor of the file is used and every tensor that the config asks for is in the file, else nothing is changed.
+    A base in another precision than the one that the adapter was trained over is taken, with a warning.
 
     Args:
         target: a module, a base, or an adapted model that gets one more adapter.
         folder: written by Veneer or by PEFT.
         allow_base_mismatch: load even where the file was trained on a base with other weights.
+        allow_other_precision: the other precision is meant: no warning.
 
     Raises:
         AdapterError: a file is missing, broken or a pickle; it belongs to another base; a tensor does not fit.
@@ -86,6 +95,7 @@ def load_adapter(
     adapted = target if isinstance(target, AdaptedModel) else AdaptedModel(target)
     if adapted.base is not None and not allow_base_mismatch:
         _check_base(folder, adapted.base.identity)
+    warning = None if allow_other_precision else _other_precision(folder, adapted.base)
     where = str(folder / WEIGHTS)
     plan = resolve(adapted.module, config, from_file=True)
     tensors = _without_base_copies(adapted.module, plan, tensors, where)
@@ -101,6 +111,8 @@ def load_adapter(
         elif not adapted.configs:
             adapted.detach()
         raise
+    if warning:
+        _log.warning("%s", warning)
     return adapted
 
 
@@ -137,6 +149,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
+def recorded_precision(folder: str | Path) -> Precision | None:
+    """How the base was stored that an adapter was trained over; None where its folder does not say (another program's).
+
+    Raises:
+        AdapterError: ``veneer.json`` is broken, or says it in a way that is not understood.
+    """
+    record = read_record(folder)
+    if "quantization" not in record:
+        return None
+    return Precision.from_dict(record["quantization"], where=str(Path(folder) / RECORD))
+
+
 def _file_config(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
     name = name or adapted.active
     assert name is not None  # state() has checked it
@@ -169,6 +193,17 @@ def _check_base(folder: Path, identity: IdentityLike) -> None:
             where=str(folder / RECORD),
             fix="load the adapter's own base, or pass --allow-base-mismatch (allow_base_mismatch=True)",
         )
+
+
+def _other_precision(folder: Path, base: BaseLike | None) -> str | None:
+    """What to say where a base is stored in another way than the adapter was trained over."""
+    trained, present = recorded_precision(folder), precision_of(base)
+    if base is None or trained is None or trained.is_same(present):
+        return None
+    return (
+        f"{folder}: this adapter was trained over {trained}, and here the base has {present}: its answers will differ "
+        f"a little from those of the run. To have the same ones, load the base {trained.how_to_load}"
+    )
 
 
 def _without_base_copies(module: nn.Module, plan: Plan, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
