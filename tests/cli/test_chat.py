@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from veneer.cli.chat import HELP, Room
-from veneer.cli.speaker import Sampling, open_speaker
+from veneer.cli.speaker import Sampling, Speaker, open_speaker
 from veneer.data import Conversation, Message, render_prompt
 from veneer.generate import generate
 
@@ -21,7 +22,9 @@ Cli = Callable[..., Any]
 @pytest.fixture
 def room(run_folder: Path) -> Room:
     speaker = open_speaker(str(run_folder), dtype="auto", device="cpu", base=None, allow_base_mismatch=False)
-    return Room(speaker, Sampling(max_new_tokens=4), None)
+    room = Room(speaker, Sampling(max_new_tokens=4), None)
+    room.hear("/single")  # the run was trained on single answers; most tests here are about longer conversations
+    return room
 
 
 def expected(room: Room, *messages: Message, adapter: bool) -> str:
@@ -39,7 +42,18 @@ def test_lines_of_a_pipe_are_answered_until_quit(
     cli: Cli, run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     saved = tmp_path / "said.jsonl"
-    lines = ["spell 1", "", "/both", "spell 2", "/base", "/adapter", f"/save {saved}", "/quit", "never heard"]
+    lines = [
+        "/single",
+        "spell 1",
+        "",
+        "/both",
+        "spell 2",
+        "/base",
+        "/adapter",
+        f"/save {saved}",
+        "/quit",
+        "never heard",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     done = cli("chat", run_folder, "--max-new-tokens", 4)
     assert done.code == 0
@@ -139,3 +153,43 @@ def test_ctrl_c_stops_an_answer_and_forgets_the_turn(
     assert room.hear("spell 1")
     assert "stopped" in capsys.readouterr().out
     assert room.histories["adapter"] == []
+
+
+def test_a_run_of_single_answers_answers_each_message_by_itself(
+    room: Room, cli: Cli, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("spell 1\nspell 2"))
+    done = cli("chat", run_folder, "--max-new-tokens", 4)
+    assert "each message is answered by itself (/single changes that)" in done.err
+    assert expected(room, Message("user", "spell 2"), adapter=True) in done.out
+    room.hear("/single")
+    for text in ("spell 1", "spell 2"):
+        room.hear(text)
+    assert [message.content for message in room.histories["adapter"]][:1] == ["spell 2"]
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_the_system_message_that_all_training_rows_have_is_used_unless_another_is_given(
+    cli: Cli, run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    assert (info["data"]["train"]["system"], info["data"]["train"]["single_turn"]) == (None, True)
+    info["data"]["train"]["system"] = "answer in capitals"
+    (run / "run.json").write_text(json.dumps(info))
+    asked: list[tuple[Message, ...]] = []
+    render = Speaker.render
+
+    def watched(self: Speaker, conversation: Conversation) -> list[int]:
+        asked.append(conversation.messages)
+        return render(self, conversation)
+
+    monkeypatch.setattr(Speaker, "render", watched)
+    for given in (None, "", "be brief"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("spell 1"))
+        options = [] if given is None else ["--system", given]
+        done = cli(command, run, "--max-new-tokens", 2, *options)
+        assert done.code == 0
+        assert ("system message of the run: answer in capitals" in done.err) is (given is None)
+    firsts = [messages[0] for messages in asked]
+    assert [m.content for m in firsts] == ["answer in capitals", "spell 1", "be brief"]

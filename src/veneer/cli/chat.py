@@ -34,6 +34,7 @@ HELP = {
     "/adapter": "answer with the adapter on",
     "/both": "answer with both, side by side",
     "/system TEXT": "set the system message and begin anew; without TEXT there is none",
+    "/single": "answer each message by itself, or again with what was said before",
     "/reset": "forget the conversation",
     "/save FILE": "add the conversation to FILE as a row that can be trained on",
     "/help": "this list",
@@ -43,7 +44,10 @@ HELP = {
 
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="The system message; empty: none.", show_default="the one the run was trained with"),
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -63,6 +67,11 @@ def chat(
     if on_terminal:
         what = "base and adapter" if speaker.has_adapter else "base"
         say(f"{model} ({what}). /help lists the commands, /quit leaves.")
+    if system is None and speaker.system:
+        system = speaker.system
+        say(f"system message of the run: {system} (/system changes it)")
+    if speaker.single_turn:
+        say("the run was trained on single answers, so each message is answered by itself (/single changes that)")
     room = Room(speaker, Sampling(max_new_tokens, temperature, top_p, top_k, seed), system)
     for line in _lines(on_terminal, room.prompt):
         if not room.hear(line):
@@ -90,7 +99,8 @@ class Room:
     def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None) -> None:
         from veneer.generate import Memory
 
-        self.speaker, self.sampling, self.system = speaker, sampling, system
+        self.speaker, self.sampling, self.system = speaker, sampling, system or None
+        self.single = speaker.single_turn
         self.voices: tuple[Voice, ...] = ("adapter",) if speaker.has_adapter else ("base",)
         self.histories: dict[Voice, list[Message]] = {voice: [] for voice in self.voices}
         # One each: the keys and values of the past differ with the adapter.
@@ -126,6 +136,10 @@ class Room:
             print(
                 "the conversation begins anew, " + ("with this system message" if rest else "without a system message")
             )
+        elif word == "/single":
+            self.single = not self.single
+            self._forget()
+            print("each message is answered by itself" if self.single else "answers know what was said before")
         elif word == "/reset":
             self._forget()
             print("the conversation begins anew")
@@ -153,6 +167,8 @@ class Room:
         from veneer.data import Message
 
         user = Message("user", text)
+        if self.single:
+            self._forget()
         try:
             answers = {voice: self._ask(voice, user, stream=len(self.voices) == 1) for voice in self.voices}
         except KeyboardInterrupt:
@@ -198,7 +214,7 @@ class Room:
 
         table = Table(expand=True)
         for voice in answers:
-            table.add_column(voice, ratio=1)
+            table.add_column(voice, ratio=1, overflow="fold")
         table.add_row(*(Text(answer) for answer in answers.values()))
         console().print(table)
 

@@ -44,7 +44,10 @@ def generate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows whose last answer is to be given: a file or a hub id.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only so many rows of --data.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message before each prompt.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="A system message before each prompt; empty: none.", show_default="the run's own"),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Go on with the text as it is, without a chat template.")] = False,
     compare: Annotated[bool, typer.Option("--both", help="Answer with the adapter off, too.")] = False,
     max_new_tokens: MaxNewTokens = 256,
@@ -62,7 +65,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Answer prompts."""
-    from veneer.cli.output import print_json, stdout_reserved
+    from veneer.cli.output import print_json, say, stdout_reserved
     from veneer.cli.progress import Counter
     from veneer.cli.speaker import Sampling, open_speaker
 
@@ -80,6 +83,9 @@ def generate(
         speaker = open_speaker(model, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)
         if compare and not speaker.has_adapter:
             raise UsageError("there is no adapter to turn off", where=model, fix="leave --both out, or give a run")
+        if system is None and speaker.system and not raw and data is None:
+            system = speaker.system
+            say(f"system message of the run: {system}")
         questions = _of_data(speaker, data, max_rows) if data else _of_texts(speaker, texts, system, raw)
         ids = [question.prompt_ids for question in questions]
         counter = Counter(quiet=quiet or len(questions) == 1)

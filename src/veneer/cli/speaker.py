@@ -32,11 +32,21 @@ class Speaker:
 
     Attributes:
         has_adapter: False for a base.
+        system: the system message of every row that the run was trained on; None where there is none such.
+        single_turn: the run was trained on conversations of one answer each.
     """
 
-    def __init__(self, model: Base | AdaptedModel, base: Base, chat_template: str | None) -> None:
+    def __init__(
+        self,
+        model: Base | AdaptedModel,
+        base: Base,
+        chat_template: str | None,
+        system: str | None = None,
+        single_turn: bool = False,
+    ) -> None:
         self.model, self.base, self.chat_template = model, base, chat_template
         self.has_adapter = model is not base
+        self.system, self.single_turn = system, single_turn
 
     def render(self, conversation: Conversation) -> list[int]:
         """Token ids of the conversation up to its last assistant turn, with the template's opening of an answer.
@@ -97,7 +107,7 @@ class Speaker:
 
 
 def open_speaker(spec: str, *, dtype: str, device: str, base: str | None, allow_base_mismatch: bool) -> Speaker:
-    """Loads what ``spec`` stands for; a run brings the chat template it was trained with.
+    """Loads what ``spec`` stands for; a run brings the chat template and system message it was trained with.
 
     Raises:
         VeneerError: as ``load_model``.
@@ -107,8 +117,12 @@ def open_speaker(spec: str, *, dtype: str, device: str, base: str | None, allow_
     from veneer.run import is_run, load_model, open_run
 
     model = load_model(spec, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)
-    template = open_run(spec).recipe.data.chat_template if is_run(spec) else None
-    if isinstance(model, AdaptedModel):
-        assert isinstance(model.base, Base)  # load_model puts adapters on what load_base returned
-        return Speaker(model, model.base, template)
-    return Speaker(model, model, template)
+    if not isinstance(model, AdaptedModel):
+        return Speaker(model, model, None)
+    assert isinstance(model.base, Base)  # load_model puts adapters on what load_base returned
+    if not is_run(spec):
+        return Speaker(model, model.base, None)
+    run = open_run(spec)
+    rows = run.info.get("data", {}).get("train") or {}
+    system, single_turn = rows.get("system"), bool(rows.get("single_turn"))
+    return Speaker(model, model.base, run.recipe.data.chat_template, system, single_turn)

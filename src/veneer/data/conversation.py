@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -157,6 +157,20 @@ class Rows:
         for row in self.conversations:
             digest.update(f"{row.row_id}\0{row.kind}\0{row.digest}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def system(self) -> str | None:
+        """The system message that every conversation begins with; None where they differ or have none."""
+        first = {row.messages[0].content if row.messages and row.messages[0].role == "system" else None for row in self}
+        return first.pop() if len(first) == 1 else None
+
+    @property
+    def single_turn(self) -> bool:
+        """No conversation goes on after its first answer."""
+        return all(sum(message.role == "assistant" for message in row.messages) <= 1 for row in self)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(self.conversations)
 
     def subset(self, indices: Sequence[int], description: str) -> Rows:
         """The rows at ``indices``, under a new description."""

@@ -252,6 +252,8 @@ class Session:
                 "content_hash": rows.content_hash,
                 "files": rows.files,
                 "rows": len(rows),
+                "system": rows.system,
+                "single_turn": rows.single_turn,
                 "stats": _without_ids(dataset.stats.to_dict()),
             }
 
