@@ -199,15 +199,19 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     base: str | None = None,
+    quantize: str = "auto",
     allow_base_mismatch: bool = False,
 ) -> Base | AdaptedModel:
     """The model that ``spec`` stands for: a run folder, an adapter folder, or a base.
+
+    An adapter is put on its base as that was when it was trained: in the same codes, with the same weights left out.
 
     Args:
         spec: a run folder (its adapter over its base), a folder with an ``adapter_config.json``, or a base.
         dtype: of the base; "auto" is the run's own choice where ``spec`` is a run.
         device: where to put it.
         base: the base to put an adapter on, where it is not the one recorded (it has moved, for example).
+        quantize: how to store the base: none, nf4, fp4 or int8; "auto" is as it was trained over.
         allow_base_mismatch: put the adapter on a base with other weights than those it was trained on.
 
     Returns:
@@ -224,17 +228,17 @@ def load_model(
         _require_adapter(run)
         chosen = dtype if dtype != "auto" else run.recipe.dtype
         name, revision = base or run.recipe.base, None if base else run.recipe.revision
-        return _adapted(run.folder.adapter, name, revision, chosen, device, allow_base_mismatch)
+        return _adapted(run.folder.adapter, name, revision, chosen, device, quantize, allow_base_mismatch)
     if (path / "adapter_config.json").is_file():
         name, revision = (base, None) if base else recorded_base(path)
-        return _adapted(path, name, revision, dtype, device, allow_base_mismatch)
+        return _adapted(path, name, revision, dtype, device, quantize, allow_base_mismatch)
     if base is not None:
         fix = "leave the base out, or give the folder of an adapter"
         raise UsageError(f"'{spec}' is no adapter that could be put on '{base}'", where=str(path), fix=fix)
     _refuse_other_folder(path, str(spec))
     from veneer.models import load_base
 
-    return load_base(str(spec), dtype=dtype, device=device)
+    return load_base(str(spec), dtype=dtype, device=device, quantize=None if quantize == "auto" else quantize)
 
 
 def recorded_base(adapter: Path) -> tuple[str, str | None]:
@@ -284,13 +288,24 @@ def _require_adapter(run: Run) -> None:
 
 
 def _adapted(
-    adapter: Path, base: str, revision: str | None, dtype: str, device: str, allow_base_mismatch: bool
+    adapter: Path,
+    base: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    quantize: str,
+    allow_base_mismatch: bool,
 ) -> AdaptedModel:
     from veneer.adapters import load_adapter
+    from veneer.adapters.save import recorded_precision
     from veneer.models import load_base
 
+    stored: dict[str, Any] = {"quantize": quantize}
+    if quantize == "auto":
+        trained = recorded_precision(adapter)
+        stored = {} if trained is None else {"quantize": trained.config, "skip": trained.skip}
     try:
-        loaded = load_base(base, revision=revision, dtype=dtype, device=device)
+        loaded = load_base(base, revision=revision, dtype=dtype, device=device, **stored)
     except ModelError as error:
         what = f"the base of this adapter cannot be loaded: {error.what}"
         fix = " / ".join(part for part in (error.fix, "or say where it is with --base") if part)

@@ -19,6 +19,10 @@ class Watcher:
         self.messages: list[tuple[str, str]] = []
         self.started: list[tuple[int, int, str]] = []
         self.closed = 0
+        self.loaded = (0, 0)
+
+    def loading(self, done: int, total: int) -> None:
+        self.loaded = (done, total)
 
     def start(self, total_steps: int, resumed_step: int, description: str) -> None:
         self.started.append((total_steps, resumed_step, description))

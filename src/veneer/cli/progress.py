@@ -76,6 +76,10 @@ class Lines:
     def __init__(self) -> None:
         self._pace = Pace(0, 0)
         self._last = float("-inf")
+        self._loading = Counter()
+
+    def loading(self, done: int, total: int) -> None:
+        self._loading("reading and quantising the base", done, total)
 
     def start(self, total_steps: int, resumed_step: int, description: str) -> None:
         self._pace = Pace(total_steps, resumed_step)
@@ -108,6 +112,8 @@ class Lines:
 class Quiet(Lines):
     """Only what should not be missed."""
 
+    def loading(self, done: int, total: int) -> None: ...
+
     def start(self, total_steps: int, resumed_step: int, description: str) -> None: ...
 
     def step(self, values: Mapping[str, Any]) -> None: ...
@@ -127,6 +133,10 @@ class Bar:
         self._bar: RichBar | None = None
         self._task: Any = None
         self._pace = Pace(0, 0)
+        self._loading = Counter()
+
+    def loading(self, done: int, total: int) -> None:
+        self._loading("reading and quantising the base", done, total)
 
     def start(self, total_steps: int, resumed_step: int, description: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -4,5 +4,17 @@ from veneer.models.bundled import find_bundled
 from veneer.models.fused import Fused, fuse
 from veneer.models.identity import BaseIdentity
 from veneer.models.load import Base, load_base, load_tokenizer
+from veneer.models.quantized import Quantized
+from veneer.models.quantized_save import save_base
 
-__all__ = ["Base", "BaseIdentity", "Fused", "find_bundled", "fuse", "load_base", "load_tokenizer"]
+__all__ = [
+    "Base",
+    "BaseIdentity",
+    "Fused",
+    "Quantized",
+    "find_bundled",
+    "fuse",
+    "load_base",
+    "load_tokenizer",
+    "save_base",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from veneer.errors import ModelError, did_you_mean
 from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
 from veneer.models.identity import BaseIdentity, cached_sha256, hash_files, hash_template, hash_tokenizer_files
+from veneer.models.quantized import Quantized, held_bytes
+from veneer.models.quantized_config import chosen_config, declared_config
+from veneer.models.quantized_load import Progress, load_quantized
 from veneer.models.source import find
 from veneer.models.strict import check_finite, load_module, quiet, shortlist
+from veneer.quant import QuantConfig
 from veneer.runtime import resolve_device, resolve_dtype
 
 
@@ -36,6 +41,7 @@ class Base:
     identity: BaseIdentity
     spec: str  # as it was asked for
     fused: Fused = field(default_factory=Fused)  # which blocks run as fused operations
+    quantized: Quantized | None = None  # which weights are in codes, measured
 
     @property
     def device(self) -> torch.device:
@@ -45,9 +51,19 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are computed in."""
+        """What the weights are computed in, whatever they are stored in."""
         weight: torch.Tensor = next(self.module.parameters())
         return weight.dtype
+
+    @property
+    def quantization(self) -> QuantConfig | None:
+        """How the weights are stored; None where they are plain tensors."""
+        return None if self.quantized is None else self.quantized.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they lie now."""
+        return held_bytes(self.module)
 
 
 def load_base(
@@ -57,29 +73,58 @@ def load_base(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | QuantConfig | None = None,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    memory_check: bool = True,
 ) -> Base:
     """Loads a base model, frozen and in eval mode, with its recognised blocks swapped for fused ones.
 
+    With ``quantize`` every weight goes into codes as it is read, so that memory never holds the 16-bit model. A folder
+    whose weights are in bitsandbytes' codes already is loaded as it is, with or without ``quantize``.
+
     Args:
         spec: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
-        dtype: auto, bfloat16, float16 or float32.
+        dtype: auto, bfloat16, float16 or float32: of what is computed, and of the weights that are not in codes.
         device: auto, cpu, cuda, cuda:N or mps.
         revision: a branch, tag or commit of a hub id.
         trust_remote_code: allows code that comes with the model to run. Weights are never unpickled either way.
+        quantize: nf4, fp4 or int8, or a configuration with the block size; None or "none": plain tensors.
+        skip: what keeps 16 bits: names of modules (``down_proj``, ``layers.0``) or regular expressions for whole paths.
+        progress: is called with the tensors read so far, those in all, and the name of the next one; with ``quantize``.
+        memory_check: refuse a quantised load that would not fit into the memory that is free.
 
     Raises:
-        ModelError: there is no such model, or its files are missing, damaged or not understood.
-        UsageError: an unknown dtype or device, or a revision of something that has none.
+        ModelError: there is no such model, or its files are missing, damaged or not understood; memory does not
+            suffice; the weights are in codes of another kind than asked for.
+        UsageError: an unknown dtype, device or quantisation, a revision of something that has none, or an entry of
+            ``skip`` that matches nothing.
         StorageError: a converted model cannot be written to the cache folder.
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
+    wanted = chosen_config(quantize, where, skip)
     source = find(spec, revision, trust_remote_code)
     folder = source.folder or gguf_folder(source.gguf_file(), kind)
-    config = _read_config(folder, trust_remote_code)
+    config, declared = _read_config(folder, trust_remote_code, wanted, skip)
     files = weight_files(folder)
-    module = load_module(folder, config, kind, trust_remote_code=trust_remote_code)
-    module.to(where)
+    quantized = None
+    if wanted or declared:
+        module, quantized = load_quantized(
+            folder,
+            files,
+            config,
+            declared or wanted or QuantConfig(),
+            in_codes=declared is not None,
+            skip=skip,
+            dtype=kind,
+            device=where,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            memory_check=memory_check,
+        )
+    else:
+        module = load_module(folder, config, kind, trust_remote_code=trust_remote_code).to(where)
     module.requires_grad_(False)
     module.eval()
     check_finite([*module.named_parameters(), *module.named_buffers()], str(folder))
@@ -93,7 +138,7 @@ def load_base(
         template_hash=hash_template(tokenizer.chat_template),
     )
     fused = fuse(module)
-    return Base(module=module, tokenizer=tokenizer, identity=identity, spec=str(spec), fused=fused)
+    return Base(module=module, tokenizer=tokenizer, identity=identity, spec=str(spec), fused=fused, quantized=quantized)
 
 
 def load_tokenizer(
@@ -184,8 +229,13 @@ def _no_weights(folder: Path) -> ModelError:
     )
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The model's configuration; says what is missing before transformers is asked to guess."""
+def _read_config(
+    folder: Path, trust_remote_code: bool, wanted: QuantConfig | None, skip: Sequence[str]
+) -> tuple[Any, QuantConfig | None]:
+    """The model's configuration, and the codes that its weights are stored in already, if they are.
+
+    Says what is missing before transformers is asked to guess.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise (
@@ -219,20 +269,20 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
             where=str(path),
             fix="use a model that continues text, such as smollm2-135m",
         )
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"the weights are quantised already ({method})", where=str(path), fix="use the 16-bit model, or a GGUF file"
-        )
+    declared = declared_config(values, path, wanted, skip)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value in config.json: any of many errors of transformers' validators
         raise ModelError(
             f"transformers cannot read config.json: {str(error).strip().splitlines()[0]}",
             where=str(path),
             fix="fetch it again",
         ) from error
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # the codes are read here, not by transformers
+    return config, declared
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,32 +80,41 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote_c
             )
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise ModelError(
-                f"transformers cannot load this model: {_first_line(error)}",
+                f"transformers cannot load this model: {first_line(error)}",
                 where=str(folder),
                 fix="check config.json and the weight files against the model's source",
             ) from error
+    raise_report(report, folder)
+    result: nn.Module = module
+    return result
+
+
+def raise_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Raises what transformers' report of a load, or a part of one, says to be amiss.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape.
+    """
     wrong = [
         f"{name}: {tuple(file)} in the file, {tuple(model)} in the model"
-        for name, file, model in report["mismatched_keys"]
+        for name, file, model in report.get("mismatched_keys", ())
     ]
     for problem, names, fix in (
         ("tensors of another shape than config.json says", wrong, "the weights belong to another config.json"),
         (
             "parameters that no tensor fills",
-            report["missing_keys"],
+            report.get("missing_keys"),
             "the weight files are not complete; fetch them again",
         ),
         (
             "tensors that the model has no place for",
-            report["unexpected_keys"],
+            report.get("unexpected_keys"),
             "config.json names another architecture",
         ),
-        ("tensors that could not be read", report["error_msgs"], "the weight files do not fit this architecture"),
+        ("tensors that could not be read", report.get("error_msgs"), "the weight files do not fit this architecture"),
     ):
         if names:
             raise ModelError(f"{len(names)} {problem}: {shortlist(names)}", where=str(folder), fix=fix)
-    result: nn.Module = module
-    return result
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
@@ -135,6 +144,7 @@ def shortlist(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(ordered[:count]) + more
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -16,6 +16,7 @@ from veneer.recipe.schema import (
     AdapterRecipe,
     DataRecipe,
     EvalRecipe,
+    QuantizeRecipe,
     Recipe,
     TrainRecipe,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "DataRecipe",
     "EvalRecipe",
     "Problem",
+    "QuantizeRecipe",
     "Recipe",
     "RecipeProblems",
     "TrainRecipe",

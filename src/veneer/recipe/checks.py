@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from veneer.errors import did_you_mean
-from veneer.recipe.schema import LOSS, METRICS, REGEX_METRIC, Recipe
+from veneer.recipe.schema import LOSS, METRICS, REGEX_METRIC, QuantizeRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,36 @@ class Contradiction:
 
 def contradictions(recipe: Recipe) -> list[Contradiction]:
     """All of them; empty for a sound recipe."""
-    return [*_adapter(recipe), *_batches(recipe), *_optimizer(recipe), *_evaluation(recipe), *_metrics(recipe)]
+    parts = (_quantize, _adapter, _batches, _optimizer, _evaluation, _metrics)
+    return [found for part in parts for found in part(recipe)]
+
+
+def _quantize(recipe: Recipe) -> Iterator[Contradiction]:
+    wanted, usual = recipe.quantize, QuantizeRecipe()
+    idle = {
+        "none": ("block_size", "double_quant", "skip", "keep"),
+        "int8": ("block_size", "double_quant"),
+    }
+    for name in idle.get(wanted.scheme, ()):
+        if getattr(wanted, name) != getattr(usual, name):
+            yield Contradiction(
+                ("quantize", name),
+                f"does nothing with quantize.scheme {wanted.scheme}",
+                "remove it, or set quantize.scheme to nf4",
+                (("quantize", "scheme"),),
+            )
+    if wanted.scheme != "none" and recipe.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+        yield Contradiction(
+            ("quantize", "scheme"),
+            f"is {wanted.scheme}, which is computed on cpu and cuda, and the device is {recipe.device}",
+            "set device to cpu, or quantize to none",
+            (("device",),),
+        )
+    for pattern in wanted.skip:
+        if problem := _regex_problem(pattern):
+            yield Contradiction(
+                ("quantize", "skip"), f"holds '{pattern}', no regular expression: {problem}", "mend the expression"
+            )
 
 
 def _adapter(recipe: Recipe) -> Iterator[Contradiction]:

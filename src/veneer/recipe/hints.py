@@ -17,6 +17,9 @@ _THEIRS: dict[str, tuple[str, ...]] = {
     ),
     "revision": ("base_model_revision", "model_revision", "revision_of_model"),
     "quantize": ("bits", "load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quantization_config"),
+    "quantize.scheme": ("bnb_4bit_quant_type", "quant_type", "quantization_method"),
+    "quantize.double_quant": ("bnb_4bit_use_double_quant", "double_quantization", "use_double_quant"),
+    "quantize.skip": ("llm_int8_skip_modules", "modules_to_not_convert"),
     "dtype": ("bf16", "compute_dtype", "fp16", "fp32", "model_dtype", "precision", "torch_dtype"),
     "device": ("device_map",),
     "output_dir": ("adapter_path", "out_dir", "output", "output_path", "save_dir"),
@@ -102,7 +105,6 @@ _THEIRS: dict[str, tuple[str, ...]] = {
         "gradient_accumulation",
     ),
     "train.max_length": (
-        "block_size",
         "context_length",
         "cutoff_len",
         "max_seq_len",
@@ -186,7 +188,11 @@ VALUES: dict[tuple[str, str | int], str] = {
     ("data.eval", 0): "write null for no held-out rows",
     ("train.early_stopping_patience", 0): "write null to never stop early",
     ("train.neftune_noise_alpha", 0): "write null for no noise",
-    **{("quantize", v): f"'{v}' is not available yet: use none" for v in ("nf4", "fp4", "int8", "4bit", "8bit")},
+    **{("quantize.scheme", v): "use nf4" for v in ("4bit", "bnb", "bitsandbytes", "qlora")},
+    **{("quantize.scheme", v): "use int8" for v in ("8bit", "llm_int8")},
+    ("quantize", True): "say how: nf4, fp4 or int8",
+    ("quantize", 4): "use nf4",
+    ("quantize", 8): "use int8",
     **{
         ("train.method", v): f"'{v}' is not available yet: use sft"
         for v in ("dpo", "orpo", "kto", "grpo", "ppo", "cpo")

@@ -12,6 +12,9 @@ from veneer.recipe.hints import key_hint
 from veneer.recipe.problems import Problem, RecipeProblems, all_keys, build, expected
 from veneer.recipe.schema import Recipe
 
+# Sections that one word may stand for, and the key that it sets: quantize: nf4.
+_ONE_WORD = {"quantize": "scheme"}
+
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 
 
@@ -137,6 +140,10 @@ def _override(raw: dict[str, Any], overrides: Sequence[str], problems: list[Prob
             path = tuple(key.split("."))
             problems.append(Problem(key, f"unknown key '{key}'", key_hint(path[:2], keys), where))
             continue
+        if field in _ONE_WORD and isinstance(value.value, str):
+            raw[field] = {_ONE_WORD[field]: value.value}
+            used[f"{field}.{_ONE_WORD[field]}"] = override
+            continue
         if field in _sections():
             fix = f"set its keys one by one, as in {field}.{_first_of(field, keys)}=..."
             problems.append(Problem(key, f"'{key}' is a section", fix, where))
@@ -144,7 +151,8 @@ def _override(raw: dict[str, Any], overrides: Sequence[str], problems: list[Prob
         target = raw
         if name:
             if not isinstance(raw.get(section), dict):
-                raw[section] = {}
+                word = raw.get(section)
+                raw[section] = {_ONE_WORD[section]: word} if section in _ONE_WORD and isinstance(word, str) else {}
             target = raw[section]
         if entry:
             before = target.get(name)

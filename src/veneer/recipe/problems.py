@@ -142,8 +142,11 @@ def _without(raw: Mapping[str, Any], bad: Sequence[Path]) -> dict[str, Any]:
     for path in bad:
         section: Any = rest
         for part in path[:-1]:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict):
+            if not isinstance(section.get(part), dict):  # a section may stand there as one word
+                section.pop(part, None)
+                break
+            section = section[part]
+        else:
             section.pop(path[-1], None)
     rest.setdefault("base", _PLACEHOLDER)
     data = rest.setdefault("data", {})

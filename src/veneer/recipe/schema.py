@@ -39,6 +39,11 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value, value) if isinstance(value, str) else value
 
 
+def _scheme(value: Any) -> Any:
+    """``quantize: nf4`` says the same as ``quantize: {scheme: nf4}``."""
+    return {"scheme": value} if isinstance(value, str) else value
+
+
 def _listed(value: Any) -> Any:
     """TRL's habit: ``report_to: tensorboard`` is a list of one, ``report_to: none`` is an empty one."""
     if isinstance(value, str):
@@ -50,6 +55,26 @@ class Section(BaseModel):
     """What all parts share: unknown keys are errors, no value is converted unasked, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class QuantizeRecipe(Section):
+    """How the base's weights are stored while it is trained over: `quantize: nf4` is enough."""
+
+    scheme: Literal["none", "nf4", "fp4", "int8", "int4"] = Field(
+        default="none",
+        description="4 bits (nf4, fp4, int4) or 8 (int8) instead of 16; head, norms and embeddings keep theirs",
+    )
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="4 bits: weights that share a scale"
+    )
+    double_quant: bool = Field(default=True, description="4 bits: the scales are stored in 8 bits too")
+    skip: list[Text] = Field(
+        default=[], description="modules that keep 16 bits: names, or regular expressions for whole paths"
+    )
+    keep: Share | None = Field(
+        default=None,
+        description="leave the most sensitive weights in 16 bits, measured on the training rows: a share of the size",
+    )
 
 
 class AdapterRecipe(Section):
@@ -191,8 +216,8 @@ class Recipe(Section):
 
     base: Text = Field(description="the base model: a hub id, a folder, a .gguf file, or smollm2-135m")
     revision: Text | None = Field(default=None, description="the hub's branch, tag or commit")
-    quantize: Literal["none"] = Field(
-        default="none", description="storage of the base's weights; only none is available yet"
+    quantize: Annotated[QuantizeRecipe, BeforeValidator(_scheme)] = Field(
+        default=QuantizeRecipe(), description="storage of the base's weights: none, nf4, fp4, int8, or these keys"
     )
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_dtype)] = Field(
         default="auto", description="number format of the base; auto is bfloat16 where it is fast"

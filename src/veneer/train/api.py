@@ -10,9 +10,10 @@ from typing import Any
 from veneer.adapters import AdaptedModel, LoraConfig, attach
 from veneer.data.conversation import Rows
 from veneer.errors import UsageError, did_you_mean
-from veneer.models import Base, load_base
+from veneer.models import Base
 from veneer.recipe import AdapterRecipe, DataRecipe, EvalRecipe, Recipe, TrainRecipe, load_recipe, recipe_from
 from veneer.run import RunFolder
+from veneer.train.base import load_base_of
 from veneer.train.distributed import World, join_world, leave_world, local_device
 from veneer.train.preflight import read_rows
 from veneer.train.progress import Progress, Silent
@@ -46,8 +47,7 @@ def train_recipe(
         recipe = load_recipe(recipe)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
-        device = local_device(recipe.device)
-        base = load_base(recipe.base, dtype=recipe.dtype, device=device, revision=recipe.revision)
+        recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
         settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
         adapted = attach(base, LoraConfig(**settings), seed=recipe.train.seed)
         session = Session(adapted, base, recipe, rows, held_out, world, progress)
@@ -134,6 +134,7 @@ def _recipe_of(
     config = model.configs[model.active].to_dict()
     adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
     dtype = str(base.dtype).removeprefix("torch.")
+    stored = {"scheme": "none"} if base.quantized is None else base.quantized.record()
     held_out = eval_data if eval_data is None or isinstance(eval_data, float | int) else _name_of(eval_data)
     return recipe_from(
         {
@@ -141,6 +142,7 @@ def _recipe_of(
             "revision": base.identity.revision,
             "dtype": dtype if dtype in ("bfloat16", "float32") else "auto",
             "device": str(base.device),
+            "quantize": stored,
             "adapter": adapter,
             **values,
             "data": {**values["data"], "train": _name_of(data), "eval": held_out},

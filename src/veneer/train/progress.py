@@ -9,6 +9,9 @@ from typing import Any, Protocol
 class Progress(Protocol):
     """What a training run reports to; every call comes from the main process only."""
 
+    def loading(self, done: int, total: int) -> None:
+        """The base is being read and quantised: ``done`` of ``total`` tensors are."""
+
     def start(self, total_steps: int, resumed_step: int, description: str) -> None:
         """The run begins: ``resumed_step`` of ``total_steps`` optimizer steps are done already."""
 
@@ -27,6 +30,8 @@ class Progress(Protocol):
 
 class Silent:
     """Reports nothing: the default of the Python API, and every process but the first."""
+
+    def loading(self, done: int, total: int) -> None: ...
 
     def start(self, total_steps: int, resumed_step: int, description: str) -> None: ...
 
