@@ -144,6 +144,7 @@ def _closed_pipe() -> int:
 def test_ctrl_c_exits_with_130_and_no_traceback() -> None:
     program = (
         "import os, signal, veneer.cli.version, veneer.cli.output\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs start with it ignored
         "def stop(value): os.kill(os.getpid(), signal.SIGINT)\n"
         "veneer.cli.output.print_json = stop\n"
         "veneer.cli.main(['version', '--json'])"
