@@ -8,8 +8,11 @@ Names: ``T`` rows of the activations, ``E`` experts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,13 +20,27 @@ from torch.nn import functional as F
 
 from veneer.errors import UsageError
 from veneer.quant.blockwise import NESTED_BLOCK, dequantize_blockwise
+from veneer.quant.codebooks import codebook, dynamic_map
 from veneer.quant.config import QuantConfig
 from veneer.quant.packing import decode_4bit, decode_int8
 
 # The decoded weights that a product works on at a time: small enough to stay in a CPU's cache, large enough that calls
-# and narrow products cost nothing that shows. On other devices launching costs more than memory does.
+# and narrow products cost nothing that shows. On other devices launching costs more than memory does, and most matrices
+# are one tile; torch gives its memory to the next matrix.
 TILE_BYTES = 1 << 21
 TILE_BYTES_OFF_CPU = 1 << 27
+
+
+@functools.cache
+def triton_kernels(device_type: str) -> ModuleType | None:
+    """The kernels that decode on such a device; None where torch's own operations do, to the same bits."""
+    if device_type != "cuda":
+        return None
+    try:
+        from veneer.kernels import dequantize_triton
+    except ImportError:  # triton is not installed
+        return None
+    return dequantize_triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +146,10 @@ class QuantizedTensor:
         if out is None:
             shape = self.shape if rows is None else (count, width)
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self._is_odd:
+        if self._is_odd and triton_kernels(self.device.type) is None:
             self._decode_odd(wanted, out.view(-1))
         else:
-            self._decode(*self._grid(wanted), slice(0, width), out.view(count, width))
+            self._decoder(wanted)(slice(0, count), slice(0, width), out.view(count, width))
         return out
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -149,13 +166,13 @@ class QuantizedTensor:
         if self._is_odd:
             return F.linear(x, self.dequantize(), bias)
         y = torch.empty(x.shape[0], height, dtype=x.dtype, device=x.device)
-        codes, scales = self._grid(slice(0, height))
+        decode = self._decoder(slice(0, height))
         step = min(height, max(1, self._tile_size() // width))
         tile = torch.empty(step, width, dtype=self.dtype, device=self.device)
         for first in range(0, height, step):
             rows = slice(first, min(first + step, height))
             weight = tile[: rows.stop - first]
-            self._decode(codes[rows], scales[rows], slice(0, width), weight)
+            decode(rows, slice(0, width), weight)
             if bias is None:
                 torch.mm(x, weight.t(), out=y[:, rows])
             else:
@@ -175,13 +192,13 @@ class QuantizedTensor:
         if self._is_odd:
             return dy @ self.dequantize()
         dx = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device)
-        codes, scales = self._grid(slice(0, height))
+        decode = self._decoder(slice(0, height))
         step = min(width, max(1, self._tile_size() // (height * self._group)) * self._group)
         tile = torch.empty(height * step, dtype=self.dtype, device=self.device)
         for first in range(0, width, step):
             columns = slice(first, min(first + step, width))
             weight = tile[: height * (columns.stop - first)].view(height, -1)
-            self._decode(codes, scales, columns, weight)
+            decode(slice(0, height), columns, weight)
             torch.mm(dy, weight, out=dx[:, columns])
         return dx
 
@@ -225,13 +242,38 @@ class QuantizedTensor:
         nested = self.nested_absmax[begin // NESTED_BLOCK : -(-end // NESTED_BLOCK)]
         return dequantize_blockwise(self.absmax[begin:end], nested, skip=begin % NESTED_BLOCK).add_(self.offset)
 
-    def _decode(self, codes: Tensor, scales: Tensor, columns: slice, out: Tensor) -> None:
-        """These columns of what :meth:`_grid` gave, into ``out [R, C]``."""
+    def _decoder(self, rows: slice) -> Callable[[slice, slice, Tensor], None]:
+        """What writes some of these ``rows`` (counted from their first), and columns, into ``out [R, C]``."""
+        kernels = triton_kernels(self.device.type)
+        if kernels is not None:
+            return functools.partial(self._decode_in_kernel, kernels, rows.start)
+        codes, scales = self._grid(rows)
+
+        def decode(some: slice, columns: slice, out: Tensor) -> None:
+            if self.config.scheme == "int8":
+                decode_int8(codes[some, columns], scales[some], out)
+                return
+            groups = slice(columns.start // self._group, columns.stop // self._group)
+            packed = codes[some, columns.start // 2 : columns.stop // 2]
+            decode_4bit(packed, scales[some, groups], self.config.scheme, out)
+
+        return decode
+
+    def _decode_in_kernel(self, kernels: ModuleType, start: int, rows: slice, columns: slice, out: Tensor) -> None:
+        """These rows, counted from row ``start``, and columns, into ``out [R, C]``."""
+        height, width = self._matrix()
+        rows = slice(start + rows.start, start + rows.stop)
         if self.config.scheme == "int8":
-            decode_int8(codes[:, columns], scales, out)
-        else:
-            some = scales[:, columns.start // self._group : columns.stop // self._group]
-            decode_4bit(codes[:, columns.start // 2 : columns.stop // 2], some, self.config.scheme, out)
+            kernels.dequantize_int8(self.codes.view(height, width)[rows, columns], self.absmax[rows], out)
+            return
+        nested = None
+        if self.nested_absmax is not None and self.offset is not None:
+            nested = dynamic_map(True, self.device), self.nested_absmax, self.offset
+        first, stride = self.first + rows.start * width + columns.start, width
+        if columns == slice(0, width):  # one piece
+            out, stride = out.view(1, -1), 0
+        book = codebook(self.config.scheme, self.device)
+        kernels.dequantize_4bit(self.codes, self.absmax, book, self.config.block_size, out, nested, first, stride)
 
     def _decode_odd(self, rows: slice, out: Tensor) -> None:
         """Rows of odd length into flat ``out``, byte by byte: half as fast."""
