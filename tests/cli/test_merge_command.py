@@ -71,6 +71,23 @@ def test_a_run_over_plain_weights_prints_its_drift_with_the_perplexity_of_its_he
     assert "onto" not in done.out
 
 
+def test_a_recipe_with_nf4_is_trained_merged_and_asked(
+    cli: Cli, tiny_base: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"base: {tiny_base}\nquantize: nf4\ndtype: float32\ndata: {{train: {tiny_rows}, eval: 5}}\nadapter: {{r: 4}}\n"
+        "train: {max_steps: 3, max_length: 64, learning_rate: 1e-2}\neval: {samples: 0}\n"
+        f"output_dir: {tmp_path / 'run'}\n"
+    )
+    assert cli("train", recipe, "--quiet").code == 0
+    done = cli("merge", tmp_path / "run", "--output", tmp_path / "m", "--onto", "dequantized")
+    assert done.code == 0, done.err
+    assert "measured on the answers of the run's 5 held-out rows, " in done.out
+    asked = ("spell 1", "--max-new-tokens", 5)
+    assert cli("generate", tmp_path / "m", *asked).out == cli("generate", tmp_path / "run", *asked).out
+
+
 def test_a_way_that_there_is_not_is_wrong_usage(
     cli: Cli, run_folder: Path, coded_adapter: Path, tmp_path: Path
 ) -> None:

@@ -1,102 +1,205 @@
-"""Folding an adapter into its base and writing a plain Hugging Face folder, read back and compared before it counts."""
+"""Folding an adapter into its base and writing a plain Hugging Face folder, read back and compared before it counts.
+
+An adapter over a base in codes can be folded into two things: the original weights, or what the codes stand for. The
+drift of both from the unmerged run is measured, whichever is written.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from veneer import __version__
-from veneer.adapters import AdaptedModel, MergeReport, merge, merge_report
-from veneer.errors import UsageError
+from veneer.adapters import AdaptedModel, MergeReport, load_adapter, merge
+from veneer.adapters.precision import Precision, precision_of
+from veneer.errors import UsageError, did_you_mean
 from veneer.files import atomic_folder, write_json
 from veneer.models import Base, load_base
+from veneer.models.quantized_config import declared_config
+from veneer.models.source import find
 from veneer.models.strict import quiet
 from veneer.run import is_run, load_model, open_run
+from veneer.ship.drift import Probe, drift, logits_of, probe_of
+from veneer.ship.plain import make_plain
 
-# What the drift is measured on: plain sentences, questions, numbers, code and another language.
-PROBES = (
-    "The committee will meet on Thursday at half past nine to discuss the budget for the coming year.",
-    "What is the difference between a violin and a viola, and which of the two is tuned lower?",
-    "If 3 boxes hold 12 apples each and 5 apples are eaten, 31 apples are left.",
-    "def area(width: float, height: float) -> float:\n    return width * height\n",
-    '{"name": "Ada", "born": "1815-12-10", "languages": ["English", "French"]}',
-    "Bitte senden Sie mir die Rechnung bis zum 3. März an die neue Adresse.",
-)
+ORIGINAL, DEQUANTIZED = "original", "dequantized"
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model on disk, and how far its predictions are from those of base and adapter."""
+    """A merged model on disk, and how far its predictions are from those of base and adapter.
+
+    Attributes:
+        folder: what was written.
+        report: the drift of what was written.
+        base: identity of the base.
+        bytes: of the weight files.
+        trained_over: how the base was stored that the adapter was trained over.
+        onto: which weights the adapter was folded into: "original" or "dequantized".
+        drifts: the drift by ``onto``: of both, where the adapter was trained over codes and there is an original.
+        measured_on: what the drift was measured on, for people.
+    """
 
     folder: Path
     report: MergeReport
-    base: dict[str, Any]  # identity of the base
-    bytes: int  # of the weight files
+    base: dict[str, Any]
+    bytes: int
+    trained_over: Precision
+    onto: str
+    drifts: Mapping[str, MergeReport]
+    measured_on: str
+
+    def record(self) -> dict[str, Any]:
+        """What ``veneer.json`` of the folder says of the merge."""
+        return {
+            "onto": self.onto,
+            "quantization": self.trained_over.to_dict(),
+            "drift": asdict(self.report),
+            "drifts": {onto: asdict(report) for onto, report in self.drifts.items()},
+            "measured_on": self.measured_on,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"folder": str(self.folder), "drift": asdict(self.report), "base": self.base, "bytes": self.bytes}
+        return {"folder": str(self.folder), "base": self.base, "bytes": self.bytes, **self.record()}
 
 
 def merge_model(
     spec: str | Path,
     output: str | Path,
     *,
+    onto: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     base: str | None = None,
+    quantize: str = "auto",
     allow_base_mismatch: bool = False,
     overwrite: bool = False,
 ) -> MergedModel:
     """Folds the adapter of ``spec`` into its base and writes weights, configuration, tokenizer and chat template.
 
-    The folder is read back before it takes its name, and the model that was read is compared with base and adapter.
+    The folder is read back before it takes its name, and the model that was read is compared with base and adapter: on
+    the answers of the run's own held-out rows, else on built-in texts. Models are loaded one after the other.
 
     Args:
         spec: a run folder or an adapter folder.
         output: the folder to write.
+        onto: of an adapter over a base in codes: "original" folds it into the weights that the codes were made from,
+            "dequantized" into what the codes stand for. The latter is what the adapter was trained over, and gives the
+            trained run to rounding. The former is the usual choice and the default: it takes the codes' own error out
+            of the base, for the price of a small error in the adapter, which had learnt to make up for some of it.
+            Where only the codes are there, the default is "dequantized".
         dtype: of the merged weights; "auto" is the run's own.
         device: to compute on.
         base: the base, where it is not the one recorded.
+        quantize: what the base was stored in while it was trained over, where the adapter does not say: nf4, fp4, int8.
         allow_base_mismatch: merge into a base with other weights than those the adapter was trained on.
         overwrite: replace ``output``.
 
     Raises:
-        UsageError: ``output`` is taken, or ``spec`` is a base without an adapter.
+        UsageError: ``output`` is taken, ``spec`` is a base without an adapter, or ``onto`` asks for weights that there
+            are not.
         AdapterError: the adapter does not fit, or a merged weight is not finite.
         StorageError: the folder cannot be written.
     """
     folder = Path(output).expanduser().absolute()
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("the output is taken", where=str(folder), fix="choose another folder, or --overwrite")
-    adapted = load_model(spec, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)
+    if onto not in (None, ORIGINAL, DEQUANTIZED):
+        fix = did_you_mean(onto, (ORIGINAL, DEQUANTIZED)) or f"use {ORIGINAL} or {DEQUANTIZED}"
+        raise UsageError(f"unknown weights to merge onto: '{onto}'", where="onto", fix=fix)
+    run = open_run(spec) if is_run(spec) else None
+    adapter = run.folder.adapter if run else Path(spec).expanduser()
+    adapted = load_model(
+        spec, dtype=dtype, device=device, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
+    )
     if not isinstance(adapted, AdaptedModel) or not isinstance(adapted.base, Base):
         raise UsageError(f"'{spec}' is a base: there is no adapter to merge", fix="give a run or an adapter folder")
     loaded = adapted.base
-    template = open_run(spec).recipe.data.chat_template if is_run(spec) else None
+    open_original = partial(
+        load_base, loaded.spec, revision=loaded.identity.revision, dtype=loaded.dtype, device=loaded.device
+    )
+    trained_over, ways = precision_of(loaded), _ways(loaded)
+    chosen = _choice(onto, ways, loaded)
+    probe = probe_of(loaded, run)
+    kept = logits_of(adapted.module, probe)
+    template = run.recipe.data.chat_template if run else None
+    drifts: dict[str, MergeReport] = {}
     with atomic_folder(folder) as temporary:
-        _write(adapted, loaded, template, temporary)
-        again = load_base(temporary, dtype=loaded.dtype, device=loaded.device)
-        report = _drift(adapted, loaded, again)
+        for way in ways:
+            if way == ORIGINAL and trained_over.config is not None:
+                del adapted, loaded  # the codes go before the original weights come
+                gc.collect()  # modules hold each other in circles
+                loaded = open_original()
+                adapted = load_adapter(
+                    loaded, adapter, allow_base_mismatch=allow_base_mismatch, allow_other_precision=True
+                )
+            drifts[way] = _fold(adapted, loaded, probe, kept, template, temporary if way == chosen else None)
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        identity = loaded.identity.to_dict()
+        result = MergedModel(folder, drifts[chosen], identity, size, trained_over, chosen, drifts, probe.description)
         write_json(
             temporary / "veneer.json",
             {
-                "base": loaded.identity.to_dict(),
-                "merged": {"adapter": str(Path(spec).absolute()), "drift": asdict(report)},
+                "base": identity,
+                "merged": {"adapter": str(Path(spec).absolute()), **result.record()},
                 "veneer_version": __version__,
             },
         )
-        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-    return MergedModel(folder, report, loaded.identity.to_dict(), size)
+    return result
 
 
-def _write(adapted: AdaptedModel, base: Base, template: str | None, folder: Path) -> None:
+def _ways(base: Base) -> tuple[str, ...]:
+    """What the adapter can be folded into; what is in memory already comes first."""
+    if base.quantization is None:
+        return (ORIGINAL,)
+    folder = find(base.spec, base.identity.revision, trust_remote_code=False).folder
+    if folder is None:  # a GGUF file: what load_base makes of it is the original
+        return (DEQUANTIZED, ORIGINAL)
+    path = folder / "config.json"
+    in_codes = declared_config(json.loads(path.read_text(encoding="utf-8")), path) is not None
+    return (DEQUANTIZED,) if in_codes else (DEQUANTIZED, ORIGINAL)
+
+
+def _choice(onto: str | None, ways: tuple[str, ...], base: Base) -> str:
+    """The way that is asked for, or the default.
+
+    Raises:
+        UsageError: it is not open to this base.
+    """
+    if onto is None:
+        return ORIGINAL if ORIGINAL in ways else DEQUANTIZED
+    if onto in ways:
+        return onto
+    if onto == DEQUANTIZED:
+        what = "the adapter was trained over weights that are not quantised: there are no codes to dequantise"
+        raise UsageError(what, where="onto", fix="leave --onto out")
+    raise UsageError(
+        f"'{base.spec}' holds its weights in codes: the original ones are not there to merge onto",
+        where="onto",
+        fix="--onto dequantized; or name the model that it was quantised from: --base ... --allow-base-mismatch",
+    )
+
+
+def _fold(
+    adapted: AdaptedModel, base: Base, probe: Probe, kept: list[Tensor], template: str | None, folder: Path | None
+) -> MergeReport:
+    """Merges and measures; with a folder what was written and read back, else what is in memory."""
     merged: Any = merge(adapted)
+    if base.quantization is not None:
+        make_plain(merged)
+    if folder is None:
+        return drift(kept, merged, probe)
     with quiet():
         merged.save_pretrained(str(folder))
+    del merged
     before = base.tokenizer.chat_template
     try:
         if template is not None:
@@ -104,11 +207,4 @@ def _write(adapted: AdaptedModel, base: Base, template: str | None, folder: Path
         base.tokenizer.save_pretrained(str(folder))
     finally:
         base.tokenizer.chat_template = before
-
-
-def _drift(adapted: AdaptedModel, base: Base, merged: Base) -> MergeReport:
-    ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
-    longest = max(len(row) for row in ids)
-    filled = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=base.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=base.device)
-    return merge_report(adapted, merged.module, filled, mask)
+    return drift(kept, load_base(folder, dtype=base.dtype, device=base.device).module, probe)

@@ -1,0 +1,150 @@
+"""What a merge is measured on, and how far the merged model is from the unmerged one there.
+
+Several models are compared with one, and no two of them need memory at the same time: the logits of the unmerged model
+are kept (whole: a KL divergence needs the tail of the vocabulary too), at no more positions than :data:`POSITIONS` and
+:data:`BYTES` allow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import MergeReport
+from veneer.adapters.merge import compare_logits
+from veneer.data import Conversation, Rows, render
+from veneer.data.read import read
+from veneer.data.split import split
+from veneer.errors import VeneerError
+from veneer.models import Base
+from veneer.run import Run
+
+POSITIONS = 2000
+BYTES = 1 << 30  # of the logits that are kept, in float32
+
+# Where there are no held-out rows: plain sentences, questions, numbers, code and another language.
+PROBES = (
+    "The committee will meet on Thursday at half past nine to discuss the budget for the coming year.",
+    "What is the difference between a violin and a viola, and which of the two is tuned lower?",
+    "If 3 boxes hold 12 apples each and 5 apples are eaten, 31 apples are left.",
+    "def area(width: float, height: float) -> float:\n    return width * height\n",
+    '{"name": "Ada", "born": "1815-12-10", "languages": ["English", "French"]}',
+    "Bitte senden Sie mir die Rechnung bis zum 3. März an die neue Adresse.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text of T tokens, and the n positions in it that are compared."""
+
+    input_ids: Tensor  # [1, T] int64
+    positions: Tensor  # [n] int64
+    targets: Tensor  # [n] int64, the token after each position
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows that models are compared on."""
+
+    rows: list[Row]
+    description: str  # where they come from, for people
+
+
+def probe_of(base: Base, run: Run | None) -> Probe:
+    """The answers of a run's own held-out rows, as ``veneer eval`` takes them for the perplexity, else built-in texts.
+
+    A run can be merged when its data are gone: the description then says why they were not used.
+    """
+    config: Any = base.module.config
+    most = max(1, min(POSITIONS, BYTES // (4 * config.get_text_config().vocab_size)))
+    why = ""
+    if run is not None and run.recipe.data.eval is not None:
+        try:
+            return _held_out(base, run, most)
+        except VeneerError as error:
+            reason = f"{error.what}, {error.where}" if error.where else error.what
+            why = f" (the run's held-out rows cannot be used: {reason})"
+    longest = _context_length(base)
+    ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in PROBES]
+    rows = [_row(text, range(len(text) - 1)) for text in ids]
+    return Probe(rows, f"{len(PROBES)} built-in texts{why}")
+
+
+def logits_of(module: nn.Module, probe: Probe) -> list[Tensor]:
+    """For each row its logits ``[n, V]`` in float32 on the CPU."""
+    return [_logits(module, row).cpu() for row in probe.rows]
+
+
+def drift(kept: list[Tensor], module: nn.Module, probe: Probe) -> MergeReport:
+    """How far ``module`` is from the model whose logits were kept."""
+    pairs = ((before, _logits(module, row), row.targets) for before, row in zip(kept, probe.rows))
+    return compare_logits(pairs, next(module.parameters()).dtype)
+
+
+@torch.no_grad()
+def _logits(module: nn.Module, row: Row) -> Tensor:
+    """``[n, V]`` in float32, of one row: no padding, and no mask that could differ between two models."""
+    device = next(module.parameters()).device
+    positions = row.positions.to(device)
+    # Most models compute only the logits that they are asked for; of a long text the others would not fit into memory.
+    chooses = "logits_to_keep" in inspect.signature(module.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": positions} if chooses else {}
+    output: Any = module(input_ids=row.input_ids.to(device), use_cache=False, **options)
+    logits: Tensor = output.logits[0] if chooses else output.logits[0, positions]
+    return logits.float()
+
+
+def _held_out(base: Base, run: Run, most: int) -> Probe:
+    rows = _held_out_rows(run)
+    everything = rows.conversations
+    picked = random.Random(0).sample(everything, min(len(everything), most))  # files are often sorted by topic
+    dataset = render(
+        [_plain_turns(row) for row in picked],
+        base.tokenizer,
+        max_length=_context_length(base),
+        train_on="last",
+        overlong="drop",
+        chat_template=run.recipe.data.chat_template,
+    )
+    found: list[Row] = []
+    for example in dataset:
+        trained = example.trained.nonzero()[0][:most] - 1  # token t is predicted at position t - 1
+        found.append(_row(example.input_ids.tolist(), trained.tolist()))
+        most -= len(trained)
+        if most <= 0:
+            break
+    recorded = (run.info.get("data", {}).get("eval") or {}).get("content_hash")
+    changed = " (its data have changed since the run)" if recorded not in (None, rows.content_hash) else ""
+    some = "" if len(found) == len(everything) else f"{len(found)} of "
+    return Probe(found, f"the answers of {some}the run's {len(everything)} held-out rows{changed}")
+
+
+def _held_out_rows(run: Run) -> Rows:
+    """The rows that the run held out, read again."""
+    data = run.recipe.data
+    options: dict[str, Any] = {"format": data.format, "columns": data.columns}
+    if isinstance(data.eval, int | float):
+        return split(read(data.train, limit=data.max_rows, **options), data.eval, data.split_seed)[1]
+    assert data.eval is not None
+    return read(data.eval, **options)
+
+
+def _plain_turns(row: Conversation) -> Conversation:
+    """The row without its turns' own ``train`` flags: it is always the last answer that counts."""
+    return dataclasses.replace(row, messages=tuple(dataclasses.replace(turn, train=None) for turn in row.messages))
+
+
+def _context_length(base: Base) -> int | None:
+    config: Any = base.module.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _row(ids: list[int], positions: Any) -> Row:
+    chosen, text = torch.tensor(list(positions)), torch.tensor(ids)
+    return Row(text[None], chosen, text[chosen + 1])
