@@ -31,7 +31,7 @@ def decoded(tiny_base: Path, tmp_path: Path) -> Callable[[str, str], Path]:
     return make
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 5e-3)])
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_series_is_that_of_the_decoded_base(
