@@ -9,19 +9,22 @@ nothing but the program.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import serve
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
 TRAIN: dict[str, Any] = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "max_grad_norm": 1.0}
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
-    """Renders the rows once, converts the base if need be, and writes the adapter that everybody starts from."""
+    """Renders the rows once, converts the base if need be, and writes the adapter that everybody starts from.
+
+    A job without a ``batch`` says how many ``tokens`` a step should have, which then sets the number of rows.
+    """
     from veneer.adapters import LoraConfig, attach
     from veneer.data.read import read
     from veneer.data.render import render
@@ -33,13 +36,17 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     base = load_base(job["base"], dtype=job["dtype"], device="cpu")
     attach(base, LoraConfig(**LORA), seed=job["seed"]).save(folder / "start")
     dataset = render(read(job["rows"]), base.tokenizer, max_length=job["max_length"])
+    mean_length = dataset.stats.tokens / len(dataset)
+    batch = job.get("batch") or max(1, round(job["tokens"] / mean_length))
     order = [
         int(index)
         for step in range(job["steps"])
-        for index in step_rows(step * job["batch"], len(dataset), job["batch"], job["seed"])[0]
+        for index in step_rows(step * batch, len(dataset), batch, job["seed"])[0]
     ]
-    if len(order) < job["steps"] * job["batch"]:
-        raise SystemExit("the rows must fill every batch: choose --rows as a multiple of the batch size")
+    if len(order) < job["steps"] * batch:
+        raise SystemExit(
+            f"{len(dataset)} rows do not fill {job['steps']} steps of {batch}: take more rows or fewer steps"
+        )
     examples = []
     for index in order:
         example = dataset.row(index)
@@ -48,7 +55,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         examples.append({"input_ids": ids, "labels": labels})
     (folder / "examples.json").write_text(json.dumps(examples))
     dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
-    return {"dtype": dtype, "model_folder": str(_hugging_face_folder(job["base"], dtype)), "rows": len(dataset)}
+    folder_of_base = str(_hugging_face_folder(job["base"], dtype))
+    return {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch}
 
 
 def _hugging_face_folder(base: str, dtype: str) -> Path:
@@ -81,30 +89,40 @@ class Clock:
         return {"seconds": seconds, "train_seconds": sum(seconds)}
 
 
+class Curve:
+    """What Veneer reports while it trains, step by step: a ``Progress``."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._losses: list[float] = []
+        self._rates: list[float] = []
+
+    def loading(self, done: int, total: int) -> None: ...
+
+    def start(self, total_steps: int, resumed_step: int, description: str) -> None:
+        self._clock.start()
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        self._clock.step()
+        self._losses.append(values["loss"])
+        self._rates.append(values["learning_rate"])
+
+    def evaluation(self, values: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str, level: str = "info") -> None: ...
+
+    def close(self) -> None: ...
+
+    def figures(self) -> dict[str, Any]:
+        return {"losses": self._losses, "learning_rates": self._rates, **self._clock.figures()}
+
+
 def veneer(job: dict[str, Any]) -> dict[str, Any]:
     """Veneer as a user runs it: a recipe, its progress reported step by step."""
     from veneer.recipe import recipe_from
     from veneer.train import train_recipe
 
-    clock = Clock()
-    losses: list[float] = []
-    rates: list[float] = []
-
-    class Report:
-        def start(self, total_steps: int, resumed_step: int, description: str) -> None:
-            clock.start()
-
-        def step(self, values: Mapping[str, Any]) -> None:
-            clock.step()
-            losses.append(values["loss"])
-            rates.append(values["learning_rate"])
-
-        def evaluation(self, values: Mapping[str, Any]) -> None: ...
-
-        def message(self, text: str, level: str = "info") -> None: ...
-
-        def close(self) -> None: ...
-
+    curve = Curve()
     recipe = recipe_from(
         {
             "base": job["base"],
@@ -124,8 +142,8 @@ def veneer(job: dict[str, Any]) -> dict[str, Any]:
             "output_dir": str(Path(job["folder"]) / "veneer"),
         }
     )
-    train_recipe(recipe, progress=Report())
-    return {"losses": losses, "learning_rates": rates, **clock.figures()}
+    train_recipe(recipe, progress=curve)
+    return curve.figures()
 
 
 def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
@@ -190,12 +208,15 @@ def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
     }
 
 
-def peft_loop(job: dict[str, Any]) -> dict[str, Any]:
-    """The loop that a person writes by hand over a PEFT model: padded batches, no checkpointing, fused AdamW."""
+def peft_loop(job: dict[str, Any], prepared: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """The loop that a person writes by hand over a PEFT model: padded batches, no checkpointing, fused AdamW.
+
+    ``prepared`` changes the base before PEFT sees it.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    model = _peft_model(job)
+    model = _peft_model(job, prepared)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job["learning_rate"], weight_decay=TRAIN["weight_decay"], fused=True)
@@ -224,7 +245,7 @@ def peft_loop(job: dict[str, Any]) -> dict[str, Any]:
     return {"losses": losses, "learning_rates": rates, **clock.figures()}
 
 
-def _peft_model(job: dict[str, Any]) -> Any:
+def _peft_model(job: dict[str, Any], prepared: Callable[[Any], Any] | None = None) -> Any:
     """transformers' own model with PEFT's own layers, from the same weights and the same start."""
     import torch
     from peft import PeftModel
@@ -232,6 +253,8 @@ def _peft_model(job: dict[str, Any]) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=getattr(torch, job["dtype"]))
     model.config.use_cache = False
+    if prepared is not None:
+        model = prepared(model)
     return PeftModel.from_pretrained(model, str(Path(job["folder"]) / "start"), is_trainable=True)
 
 
@@ -244,13 +267,5 @@ CONTESTANTS = {
 }
 
 
-def main() -> None:
-    name, job, result = sys.argv[1:]
-    values = CONTESTANTS[name](json.loads(Path(job).read_text()))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    values["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    Path(result).write_text(json.dumps(values))
-
-
 if __name__ == "__main__":
-    main()
+    serve(CONTESTANTS)

@@ -18,12 +18,13 @@ import argparse
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import in_process
+
+MODULE = "benchmarks.contestants"
 PEERS = ("trl", "trl-nockpt", "peft-loop")
 WARM_UP = 2
 SAME_CURVE = 0.02  # mean |difference| after the first step, as a share of the mean loss: bfloat16's rounding, not more
@@ -32,12 +33,12 @@ SAME_CURVE = 0.02  # mean |difference| after the first step, as a share of the m
 def run(job: dict[str, Any], peers: list[str]) -> dict[str, Any]:
     """Prepares, then runs Veneer and each peer; returns everything that was measured."""
     folder = Path(job["folder"])
-    prepared = _child("prepare", job, folder)
+    prepared = in_process(MODULE, "prepare", job)
     job = {**job, "dtype": prepared["dtype"], "model_folder": prepared["model_folder"]}
     examples = json.loads((folder / "examples.json").read_text())
     lengths = [len(example["input_ids"]) for example in examples]
     tokens = [sum(lengths[at : at + job["batch"]]) for at in range(0, len(lengths), job["batch"])]
-    results = {name: _figures(_child(name, job, folder), tokens) for name in ["veneer", *peers]}
+    results = {name: figures(in_process(MODULE, name, job), tokens) for name in ["veneer", *peers]}
     ours = results["veneer"]
     for name in peers:
         theirs = results[name]
@@ -72,23 +73,10 @@ def compare_curves(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, An
     }
 
 
-def _figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+def figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+    """The result with its speed: real tokens a second, without the steps that warm up."""
     steady = sum(result["seconds"][WARM_UP:])
     return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / steady}
-
-
-def _child(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Runs one contestant; this process stays small, because a child's peak begins at its parent's size."""
-    print(f"{name} ...", file=sys.stderr, flush=True)
-    job_path, result_path = folder / f"{name}.job.json", folder / f"{name}.result.json"
-    job_path.write_text(json.dumps(job))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "benchmarks.contestants", name, str(job_path), str(result_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr or done.stdout}")
-    result: dict[str, Any] = json.loads(result_path.read_text())
-    return result
 
 
 def table(report: dict[str, Any]) -> str:
