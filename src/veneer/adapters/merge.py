@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,8 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
     for _, slot in found:
         for parent, attribute in hanging[id(slot)]:
             setattr(parent, attribute, slot.base_layer)
-    plain = _dequantize(merged)
+    changed = {id(slot.base_layer): change["weight"] for (_, slot), change in zip(found, changes) if "weight" in change}
+    plain = _dequantize(merged, changed)
     ties = _ties(merged)
     made: dict[int, list[nn.Parameter]] = {}
     for (_, slot), change in zip(found, changes):
@@ -176,13 +178,16 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _dequantize(module: nn.Module) -> dict[int, nn.Module]:
-    """Puts a plain linear into the place of each quantised one; returns them by the id of what they replace."""
+def _dequantize(module: nn.Module, changed: Mapping[int, Tensor]) -> dict[int, nn.Module]:
+    """Puts a plain linear into the place of each quantised one; returns them by the id of what they replace.
+
+    ``changed`` has the weights that are known already, by the layer's id: they are not decoded a second time.
+    """
     plain: dict[int, nn.Module] = {}
     for layer_id, hanging in places(module).items():
         layer = getattr(*hanging[0])
         if isinstance(layer, QuantizedLinear):
-            plain[layer_id] = layer.dequantized()
+            plain[layer_id] = layer.dequantized(changed.get(layer_id))
             for parent, attribute in hanging:
                 setattr(parent, attribute, plain[layer_id])
     return plain

@@ -20,8 +20,8 @@ halves the loads but has them collide in the banks.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore  # no types; not on every machine
-import triton.language as tl  # type: ignore  # no types; not on every machine
+import triton  # not on every machine
+import triton.language as tl
 from torch import Tensor
 
 WORDS = 1024  # words of 8 weights that a program decodes: 4 for each of its threads, all in flight at once

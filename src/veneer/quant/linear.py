@@ -59,10 +59,10 @@ class QuantizedLinear(nn.Module):
         held = (self.codes, self.absmax, self.nested_absmax, self.offset)
         return QuantizedTensor(*held, self.config, shape, self.compute_dtype, self._first)
 
-    def dequantized(self) -> nn.Linear:
-        """The same layer with its weight as a plain tensor; the bias is shared."""
+    def dequantized(self, weight: Tensor | None = None) -> nn.Linear:
+        """The same layer with its weight as a plain tensor, or with ``weight`` in its place; the bias is shared."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight.dequantize(), requires_grad=False)
+        linear.weight = nn.Parameter(self.weight.dequantize() if weight is None else weight, requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
