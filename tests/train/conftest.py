@@ -33,7 +33,7 @@ def values(tiny_base: Path, tiny_rows: Path, tmp_path: Path) -> Callable[..., di
             "output_dir": str(tmp_path / "run"),
         }
         for key, value in changes.items():
-            recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+            recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
         return recipe
 
     return make

@@ -26,6 +26,7 @@ from veneer.models.identity import BaseIdentity, cached_sha256, hash_files, hash
 from veneer.models.quantized import Quantized, held_bytes
 from veneer.models.quantized_config import chosen_config, declared_config
 from veneer.models.quantized_load import Progress, load_quantized
+from veneer.models.quantized_read import refuse_codes
 from veneer.models.source import find
 from veneer.models.strict import check_finite, load_module, quiet, shortlist
 from veneer.quant import QuantConfig
@@ -108,6 +109,8 @@ def load_base(
     folder = source.folder or gguf_folder(source.gguf_file(), kind)
     config, declared = _read_config(folder, trust_remote_code, wanted, skip)
     files = weight_files(folder)
+    if declared is None:
+        refuse_codes(files)
     quantized = None
     if wanted or declared:
         module, quantized = load_quantized(

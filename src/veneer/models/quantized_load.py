@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.errors import ModelError, VeneerError
 from veneer.models import quantized_experts
-from veneer.models.quantized import Quantized, measure
+from veneer.models.quantized import Quantized, held_bytes, measure
 from veneer.models.quantized_config import OURS
 from veneer.models.quantized_memory import check_memory
 from veneer.models.quantized_plan import Weight, plan_quantisation
@@ -234,11 +234,10 @@ def load_quantized(
     if progress is not None:
         progress(len(source), len(source), "")
     _check_shapes(skeleton, module, job, folder)
-    before = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     for name, weight in job.made.items():
         _replace(module, name, plan.weights[name], weight)
     heap.give_back()
-    return module.to(device), measure(module, job.made, plan, skip, before)
+    return module.to(device), measure(module, job.made, plan, skip, held_bytes(skeleton))
 
 
 def _load(

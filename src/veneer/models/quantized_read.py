@@ -37,8 +37,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-# A module's weight with whatever belongs to it: weight, weight.absmax, weight.quant_state.bitsandbytes__nf4, SCB, ...
-_WEIGHT = re.compile(r"(?P<module>.*\.)(weight(\..*)?|SCB|weight_format)")
+# A module's weight with whatever bitsandbytes keeps beside it.
+_PARTS = r"weight(\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))?|weight_format|SCB"
+_WEIGHT = re.compile(rf"(?P<module>.*\.)({_PARTS})")
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,17 @@ def weights_in_codes(tensors: Iterable[StoredTensor]) -> dict[str, dict[str, Sto
                 fix="the file is damaged, or another program's: fetch it again, or quantise the original weights",
             )
     return {module: parts for module, parts in modules.items() if len(parts) > 1}
+
+
+def refuse_codes(files: Iterable[Path]) -> None:
+    """Codes are not taken for numbers: these files hold plain weights alone.
+
+    Raises:
+        ModelError: a weight is in codes, of which config.json says nothing.
+    """
+    for module, parts in weights_in_codes(stored_tensors(files).values()).items():
+        raise ModelError(
+            "the weight is in codes, and config.json does not say so",
+            where=f"{next(iter(parts.values())).file}, {module}weight",
+            fix="config.json and the weights come from different versions of the model; fetch both again",
+        )
