@@ -231,7 +231,7 @@ def test_a_failing_step_is_told_as_an_error_of_ours(folder: Path, monkeypatch: p
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory: tried to allocate 7 GiB")
 
-    monkeypatch.setattr("veneer.models.quantized_load.quantize", fail)
+    monkeypatch.setattr("veneer.models.quantized_intake.quantize", fail)
     error = refusal(folder)
     assert isinstance(error, ModelError)
     assert "out of memory: tried to allocate 7 GiB" in error.what

@@ -23,7 +23,7 @@ from veneer.quant import QuantConfig, QuantizedTensor, quantize, state_dict
 NAME = "veneer"
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
-_SAYS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")  # of itself, each a bool
+_SAYS = ("has_gate", "has_bias", "is_transposed")  # of itself, each a bool
 
 
 class QuantizedStack(nn.Module):
@@ -105,7 +105,7 @@ def is_recognised(module: nn.Module) -> bool:
     if sum(stack is not None and stack.ndim == 3 for stack in stacks) != 2 or module._modules.keys() - {"act_fn"}:
         return False
     says = {name: getattr(module, name, None) for name in _SAYS}
-    if any(type(value) is not bool for value in says.values()) or says["has_post_expert_norm"]:
+    if any(type(value) is not bool for value in says.values()) or getattr(module, "has_post_expert_norm", False):
         return False
     key = (type(module), *says.values())
     if key not in _VERDICTS:

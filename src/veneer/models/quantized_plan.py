@@ -6,6 +6,7 @@ tied weights and routers keep 16 bits: they are small or sensitive, or read by m
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from veneer.adapters.targets import output_heads
@@ -28,8 +30,7 @@ OTHER = "a linear with a forward of its own"
 SKIPPED = "on the skip list"
 UNKNOWN_EXPERTS = "experts of a form that is not known here"
 
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # what linears that choose experts are called, or lie in
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ def plan_quantisation(model: nn.Module, skip: Sequence[str] = ()) -> QuantPlan:
                 kept[parameter] = TIED
             elif weight.kind == "experts":
                 continue
-            elif _is_router(path, weight, model):
+            elif _ROUTERS & set(path.split(".")):
                 kept[parameter] = ROUTER
             elif parent in in_attention or _reads_weight(type(modules[parent]), attribute):  # type: ignore[arg-type]  # a class is hashable
                 kept[parameter] = READ
-            elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            elif isinstance(module, nn.Linear) and not _acts_as_linear(module):
                 kept[parameter] = OTHER
-        if not found and "expert" in path.lower():
+        if not found and "expert" in f"{path} {type(module).__name__}".lower():
             stacks = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
             kept |= {f"{path}.{name}": UNKNOWN_EXPERTS for name in stacks}
     skipped = _skipped(list(weights), skip)
@@ -134,13 +135,22 @@ def _tied(model: nn.Module) -> set[str]:
     return {*pairs.keys(), *pairs.values()}
 
 
-def _is_router(path: str, weight: Weight, model: nn.Module) -> bool:
-    """By its name, or by one output for each expert; a gate over shared experts has one output in all."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = {getattr(text, name, None) for name in _EXPERT_COUNTS} - {None}
-    outputs = weight.stored_shape[-2]
-    return (bool(counts) and (outputs == 1 or outputs in counts)) or bool(_ROUTERS & set(path.split(".")))
+@torch.no_grad()
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether a subclass with a forward of its own still gives ``x W^T + b``: tried on a small copy."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((3, 32), (16, 32), (16,)))
+    small: Any = copy.copy(module)  # shares its table of parameters: it is replaced, not changed
+    small.in_features, small.out_features = 32, 16
+    small._parameters = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    try:
+        got = small(x)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False
+    expected = nn.functional.linear(x, weight, small.bias)
+    return isinstance(got, torch.Tensor) and got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
 
 
 @functools.cache
