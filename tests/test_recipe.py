@@ -80,6 +80,30 @@ def test_overrides_are_yaml_and_the_last_one_wins(folder: Path) -> None:
     assert recipe.adapter.rank_pattern == {"q_proj": 8, "layers.0.v_proj": 4}
 
 
+@pytest.mark.parametrize(
+    ("line", "overrides", "expected"),
+    [
+        ("quantize: nf4", [], ("nf4", 64, [])),
+        ("quantize: {scheme: fp4, block_size: 128, skip: [down_proj]}", [], ("fp4", 128, ["down_proj"])),
+        ("quantize: nf4", ["quantize.block_size=128"], ("nf4", 128, [])),
+        ("quantize: {scheme: nf4, block_size: 128}", ["quantize=int8"], ("int8", 64, [])),
+        ("", ["quantize={scheme: nf4, skip: [o_proj]}"], ("nf4", 64, ["o_proj"])),
+        ("quantize:", [], ("none", 64, [])),
+    ],
+)
+def test_one_word_says_how_the_base_is_stored_and_a_section_says_more(
+    folder: Path, line: str, overrides: list[str], expected: tuple[str, int, list[str]]
+) -> None:
+    found = load(folder, SOUND + line, *overrides).quantize
+    assert (found.scheme, found.block_size, found.skip) == expected
+
+
+def test_a_wrong_word_of_the_command_line_is_told_as_such(folder: Path) -> None:
+    with pytest.raises(RecipeProblems) as caught:
+        load(folder, SOUND, "quantize=nf5")
+    assert [(p.key, p.where) for p in caught.value.problems] == [("quantize.scheme", "quantize=nf5 (command line)")]
+
+
 def test_an_empty_section_means_its_defaults(folder: Path) -> None:
     assert load(folder, SOUND + "train:\neval:\n").train.learning_rate == 2e-4
 

@@ -227,11 +227,17 @@ def test_a_weight_that_its_module_reads_without_calling_the_layer_stays_plain(ti
     assert torch.isfinite(base.module(some_ids()).logits).all()
 
 
-def test_a_failing_step_is_told_as_an_error_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of memory: tried to allocate 7 GiB")
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight"], ids=["first", "last"]
+)
+def test_a_failing_step_is_told_as_an_error_of_ours(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(weight: torch.Tensor, config: QuantConfig, at: str, dtype: torch.dtype) -> Any:
+        if at == name:
+            raise RuntimeError("out of memory: tried to allocate 7 GiB")
+        return quantize(weight, config, at, dtype)
 
     monkeypatch.setattr("veneer.models.quantized_intake.quantize", fail)
     error = refusal(folder)
     assert isinstance(error, ModelError)
-    assert "out of memory: tried to allocate 7 GiB" in error.what
+    assert error.what == "the weight cannot be quantised: out of memory: tried to allocate 7 GiB"
+    assert error.where == name

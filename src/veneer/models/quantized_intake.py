@@ -16,10 +16,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer.errors import ModelError
+from veneer.errors import ModelError, VeneerError
 from veneer.models.quantized_config import OURS
 from veneer.models.quantized_plan import Weight
 from veneer.models.quantized_read import StoredTensor
+from veneer.models.strict import first_line
 from veneer.quant import QuantConfig, QuantizedTensor, from_state_dict, quantize
 
 
@@ -44,7 +45,7 @@ class Job:
         offered: what transformers hands over instead of placing it itself.
         stored: each weight that is in codes in the files, by the name that transformers reads it under.
         wrong: parameters of another shape than the model's: name, shape in the file, shape in the model.
-        failed: why the load has to stop.
+        failed, failed_at: why the load has to stop, and at which parameter.
     """
 
     config: QuantConfig | None
@@ -56,6 +57,18 @@ class Job:
     made: dict[str, QuantizedTensor] = field(default_factory=dict)
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     failed: Exception | None = None
+    failed_at: str = ""
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong so far, as an error of ours."""
+        if isinstance(self.failed, VeneerError):
+            raise self.failed
+        if self.failed is not None:
+            raise ModelError(
+                f"the weight cannot be quantised: {first_line(self.failed)}",
+                where=self.failed_at,
+                fix="free memory on the device, or load the model on another one",
+            ) from self.failed
 
     def take(self, name: str, value: Tensor, source: str) -> Tensor | None:
         """Puts one weight into codes.
@@ -166,7 +179,8 @@ class _Take(ConversionOps):  # type: ignore[misc]  # transformers has no types
             try:
                 plain = self.job.take(name, value[0] if isinstance(value, list) else value, source_patterns[0])
             except Exception as error:
-                self.job.failed = error  # raised here it would be a line in a report; the next read raises it
+                # Raised here it would be a line in a report, and the load would go on: the next read raises it.
+                self.job.failed, self.job.failed_at = error, name
                 return {}
             if plain is not None:
                 left[name] = plain

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from veneer.errors import ModelError, VeneerError
+from veneer.errors import ModelError
 from veneer.models import quantized_experts
 from veneer.models.quantized import Quantized, held_bytes, measure
 from veneer.models.quantized_intake import Job, Settings, StoredWeight
@@ -100,14 +100,13 @@ def _load(
             if (folder / "generation_config.json").is_file():
                 module.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-            problem: BaseException = job.failed or error
+            job.raise_failure()
             raise ModelError(
-                f"transformers cannot load this model: {first_line(problem)}",
+                f"transformers cannot load this model: {first_line(error)}",
                 where=str(folder),
                 fix="check config.json and the weight files against the model's source",
-            ) from problem
-    if job.failed is not None:
-        raise job.failed
+            ) from error
+    job.raise_failure()
     report["mismatched_keys"] = [*report["mismatched_keys"], *job.wrong]
     raise_report(report, folder)
     module.config.name_or_path = module.name_or_path = str(folder)
@@ -123,13 +122,7 @@ def _sources(job: Job, tensors: dict[str, StoredTensor], progress: Progress | No
 
     def reader(name: str) -> Callable[[], Tensor]:
         def now() -> Tensor:
-            if isinstance(job.failed, VeneerError):
-                raise job.failed
-            if job.failed is not None:
-                what = f"the weight before {name} cannot be quantised: {first_line(job.failed)}"
-                raise ModelError(what, where=name, fix="free memory on the device, or load it on another") from (
-                    job.failed
-                )
+            job.raise_failure()
             if progress is not None:
                 progress(len(read), len(names), name)
             read.append(name)

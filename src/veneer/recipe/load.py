@@ -140,9 +140,10 @@ def _override(raw: dict[str, Any], overrides: Sequence[str], problems: list[Prob
             path = tuple(key.split("."))
             problems.append(Problem(key, f"unknown key '{key}'", key_hint(path[:2], keys), where))
             continue
-        if field in _ONE_WORD and isinstance(value.value, str):
-            raw[field] = {_ONE_WORD[field]: value.value}
-            used[f"{field}.{_ONE_WORD[field]}"] = override
+        if field in _ONE_WORD and not name and isinstance(value.value, str | dict):
+            is_word = isinstance(value.value, str)
+            raw[field] = {_ONE_WORD[field]: value.value} if is_word else value.value
+            used[f"{field}.{_ONE_WORD[field]}" if is_word else field] = override
             continue
         if field in _sections():
             fix = f"set its keys one by one, as in {field}.{_first_of(field, keys)}=..."
