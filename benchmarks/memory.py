@@ -206,11 +206,11 @@ def _mlp_work(shape: Shape, run: Settings) -> int:
 
 def _attention_work(shape: Shape, run: Settings) -> int:
     """``T c (3d + 3k)``: the gradients of q, k and v, of the output and of the residual, and a part of k's; tiles of
-    scores, ``heads * 256 * keys``: three of a tile, which are still there when the next one has two. The MLP's
+    scores, ``heads * 256 * keys``: three of the largest tile. The MLP's
     activations are gone, and three of width d."""
     d, k, c = shape.hidden, shape.key_width, run.compute_bytes
     tiles = _score_tiles(run)
-    scores = max(3 * before + 2 * here for before, here in zip([0, *tiles], [*tiles, 0]))
+    scores = 3 * max(tiles)
     rows = min(ATTENTION_TILE, run.tokens)
     work = c * (run.tokens * (3 * d + 3 * k) + shape.heads * scores + 3 * rows * d)
     return work - _mlp_activations(shape, run) - run.tokens * (3 * d * c + 4)

@@ -123,7 +123,7 @@ def _formulas() -> list[str]:
         "The last two lines are the most that a step needs at a time, in most runs. In their place stands, where it is "
         "more:",
         "",
-        "- in the backward of an attention: tiles of scores, `5 c H 256 T`, and the gradients of q, k, v;",
+        "- in the backward of an attention: tiles of scores, `3 c H 256 T`, and the gradients of q, k, v;",
         "- at the head: two chunks of logits of 64 MiB each (at least 64 rows of them), and `c d` for the states, the",
         "  trained positions and their gradient.",
         "",

@@ -178,4 +178,5 @@ class _DocumentAttention(torch.autograd.Function):
                 ds.mul_(1 - tanh.square_())
             dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)
             _add_keys(dk, torch.bmm(ds.transpose(1, 2), qt), first, end, shared)
+            del weights, tanh, dweights, ds  # else they are there while the next tile's are made
         return dq, dk, dv, None, None, None, None, None
