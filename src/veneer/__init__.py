@@ -17,6 +17,7 @@ _WHERE = {
     "attach": "veneer.adapters",
     "Base": "veneer.models",
     "load_base": "veneer.models",
+    "save_base": "veneer.models",
     "generate": "veneer.generate",
     "evaluate": "veneer.evaluate",
     "train": "veneer.train",
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load_base",
+    "save_base",
     "train",
 ]
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from veneer.errors import VeneerError
     from veneer.evaluate import evaluate
     from veneer.generate.generate import generate
-    from veneer.models import Base, load_base
+    from veneer.models import Base, load_base, save_base
     from veneer.train import train
 
 lazy_names(__name__, _WHERE)
