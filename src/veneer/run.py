@@ -17,8 +17,9 @@ from veneer.files import write_json
 
 if TYPE_CHECKING:
     from veneer.adapters import AdaptedModel
+    from veneer.data import Rows
     from veneer.models import Base
-    from veneer.recipe import Recipe
+    from veneer.recipe import DataRecipe, Recipe
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -191,6 +192,21 @@ def open_run(path: str | Path) -> Run:
     # The data may have moved since: a finished run can be used without it.
     recipe = load_recipe(folder.recipe_path, check_paths=False)
     return Run(folder.path, recipe, info.to_dict())
+
+
+def held_out_rows(data: DataRecipe) -> Rows | None:
+    """The rows that a recipe holds out, read again; None where it holds none out.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    from veneer.data.read import read
+    from veneer.data.split import split
+
+    options: dict[str, Any] = {"format": data.format, "columns": data.columns}
+    if isinstance(data.eval, int | float):
+        return split(read(data.train, limit=data.max_rows, **options), data.eval, data.split_seed)[1]
+    return None if data.eval is None else read(data.eval, **options)
 
 
 def load_model(

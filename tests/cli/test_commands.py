@@ -108,8 +108,11 @@ def test_eval_of_a_run_takes_its_own_rows_and_metrics(cli: Cli, run_folder: Path
     assert done.code == 0
     assert "exact_match" in done.out
     assert "5 rows" in done.out
-    saved = list((run_folder / "eval").glob("tiny.json"))
-    assert len(saved) == 1
+    saved = run_folder / "eval" / "tiny.json"
+    everything = saved.read_text()
+    assert cli("eval", run_folder, "--max-rows", 2).code == 0
+    assert saved.read_text() == everything  # a sample has a file of its own
+    assert len(json.loads((run_folder / "eval" / "tiny-2-rows.json").read_text())["rows"]) == 2
 
 
 def test_eval_prints_one_document_with_base_and_adapter(

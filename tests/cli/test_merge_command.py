@@ -35,28 +35,28 @@ def test_both_ways_are_printed_beside_the_unmerged_run(cli: Cli, coded_adapter: 
     table = {row[0]: row[1:] for row in map(cells, done.out.splitlines()) if len(row) == 5}
     assert table[""] == ["mean KL (nats)", "same first choice", "largest logit difference", "perplexity"]
     assert table["unmerged"][:3] == ["", "", ""]
-    near, far = table["onto dequantized"], table["onto original (written)"]
+    near, far = table["onto dequantized (written)"], table["onto original"]
     assert float(near[0]) < 1e-9 < 1e-5 < float(far[0])
     assert near[1] == "100.00 %"
     assert near[3] == table["unmerged"][3] != far[3]
     assert "weights in nf4 (blocks of 64, with double quantisation)" in done.out
-    assert "written in float32: onto the original weights" in done.out
+    assert "written in float32: onto the dequantized weights" in done.out
     assert "measured on 6 built-in texts, " in done.out
     assert "veneer chat" in done.out
     # Nothing that sounds like a warning: the other precision is what was asked for.
     assert "trained over" not in done.err
 
-    other = cli("merge", coded_adapter, "--output", tmp_path / "d", "--dtype", "float32", "--onto", "dequantized")
-    assert "onto dequantized (written)" in other.out
-    assert "onto the dequantized weights" in other.out
+    other = cli("merge", coded_adapter, "--output", tmp_path / "d", "--dtype", "float32", "--onto", "original")
+    assert "onto original (written)" in other.out
+    assert "onto the original weights" in other.out
 
 
 def test_json_has_both_drifts(cli: Cli, coded_adapter: Path, tmp_path: Path) -> None:
     done = cli("merge", coded_adapter, "--output", tmp_path / "m", "--dtype", "float32", "--json")
     merged = json.loads(done.out)
-    assert merged["onto"] == "original"
-    assert merged["drift"] == merged["drifts"]["original"]
-    assert merged["drifts"]["dequantized"]["mean_kl"] < merged["drift"]["mean_kl"]
+    assert merged["onto"] == "dequantized"
+    assert merged["drift"] == merged["drifts"]["dequantized"]
+    assert merged["drift"]["mean_kl"] < merged["drifts"]["original"]["mean_kl"]
     assert json.loads((tmp_path / "m" / "veneer.json").read_text())["merged"]["drifts"] == merged["drifts"]
 
 

@@ -23,6 +23,7 @@ from veneer.evaluate import evaluate
 from veneer.models import load_base
 from veneer.models.quantized_save import save_base
 from veneer.quant import QuantConfig
+from veneer.run import held_out_rows
 from veneer.ship import drift as drift_module
 from veneer.ship import merge as merge_module
 from veneer.ship import merge_model
@@ -85,19 +86,19 @@ def test_onto_the_original_weights_the_adapter_is_added_to_them(
     assert changed == 14
 
 
-def test_the_original_is_the_default_and_both_drifts_are_told(qlora_run: Path, wide_base: Path, tmp_path: Path) -> None:
+def test_what_was_trained_is_the_default_and_both_drifts_are_told(qlora_run: Path, tmp_path: Path) -> None:
     merged = merge_model(qlora_run, tmp_path / "m")
-    assert merged.onto == "original"
-    assert merged.report == merged.drifts["original"]
+    assert merged.onto == "dequantized"
+    assert merged.report == merged.drifts["dequantized"]
     near, far = merged.drifts["dequantized"], merged.drifts["original"]
     # What sets them apart is the error of the codes, which is no rounding.
     assert near.mean_kl < 1e-10 < 1e-4 < far.mean_kl
     assert near.max_abs_logit_difference < 1e-4 < 1e-2 < far.max_abs_logit_difference
     assert far.top1_agreement <= near.top1_agreement
     said = record(tmp_path / "m")
-    assert said["onto"] == "original"
+    assert said["onto"] == "dequantized"
     assert said["quantization"] == {"scheme": "nf4", "block_size": 64, "double_quant": True, "skip": []}
-    assert said["drift"] == said["drifts"]["original"]
+    assert said["drift"] == said["drifts"]["dequantized"]
     assert said["drifts"].keys() == {"original", "dequantized"}
     assert said["drifts"]["dequantized"]["mean_kl"] == near.mean_kl
     assert said["measured_on"] == "the answers of the run's 6 held-out rows"
@@ -117,7 +118,7 @@ def test_the_perplexities_are_those_that_eval_prints(
     qlora_run: Path, wide_base: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
     merged = merge_model(qlora_run, tmp_path / "m")
-    rows = drift_module._held_out_rows(merge_module.open_run(qlora_run))
+    rows = held_out_rows(merge_module.open_run(qlora_run).recipe.data)
     for model, expected in (
         (unmerged(wide_base, qlora_run / "adapter"), merged.report.perplexity_before),
         (load_base(tmp_path / "m", dtype="float32"), merged.report.perplexity),
@@ -251,8 +252,10 @@ def test_of_a_base_that_is_stored_in_codes_only_they_can_be_merged_onto(wide_bas
     # A random update is larger than a trained one, and so is its rounding.
     torch.testing.assert_close(answers(opened(tmp_path / "m")), expected, rtol=0, atol=5e-4)
     # Its original is another base to the adapter, and can be named.
-    named = merge_model(adapter, tmp_path / "o", dtype="float32", base=str(wide_base), allow_base_mismatch=True)
-    assert named.onto == "original"
+    named = merge_model(
+        adapter, tmp_path / "o", onto="original", dtype="float32", base=str(wide_base), allow_base_mismatch=True
+    )
+    assert named.drifts.keys() == {"original", "dequantized"}
 
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])

@@ -75,7 +75,7 @@ def evaluate(
             progress=Counter(quiet=quiet),
         )
         result = dataclasses.replace(result, model=model)
-        saved = output or (run.folder.eval_folder / f"{Path(rows.source).stem or 'held-out'}.json" if run else None)
+        saved = output or (run.folder.eval_folder / f"{_name(rows, max_rows)}.json" if run else None)
         if saved is not None:
             result.save(saved)
         if run is not None and output is None:
@@ -105,6 +105,12 @@ def _metrics(given: list[str] | None, run: Run | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _name(rows: Rows, max_rows: int | None) -> str:
+    """Of an evaluation's file: a sample does not overwrite what all rows gave."""
+    name = Path(rows.source).stem or "held-out"
+    return name if max_rows is None or max_rows >= len(rows) else f"{name}-{max_rows}-rows"
+
+
 def _rows(data: str | None, format: str, run: Run | None) -> Rows:
     from veneer.data.read import read
 
@@ -115,9 +121,9 @@ def _rows(data: str | None, format: str, run: Run | None) -> Rows:
         return read(data, **options)
     if run is None:
         raise UsageError("no held-out rows are named", where="--data", fix="--data FILE")
-    from veneer.cli.rows import rows_of
+    from veneer.run import held_out_rows
 
-    held_out = rows_of(run.recipe.data)[1]
+    held_out = held_out_rows(run.recipe.data)
     if held_out is None:
         raise UsageError("the run held no rows out (its data.eval is null)", where=str(run.path), fix="--data FILE")
     return held_out

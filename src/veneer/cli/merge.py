@@ -22,8 +22,8 @@ def merge(
     onto: Annotated[
         str | None,
         typer.Option(
-            help="For a run over a quantised base: original (its 16-bit weights) or dequantized (the weights that it "
-            "was trained over).  [default: original]"
+            help="For a run over a quantised base: dequantized (the weights that it was trained over) or original (the "
+            "16-bit weights that those were made from).  [default: dequantized]"
         ),
     ] = None,
     dtype: Dtype = "auto",
@@ -41,8 +41,9 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and write a plain model; the drift from the adapted one is measured and printed.
 
-    Over a quantised base the drift of both ways is printed. Onto the original weights is the usual choice: the base
-    comes without the error of its codes. Onto the dequantised ones is what was trained, to rounding.
+    Over a quantised base the drift of both ways is printed. Onto the dequantised weights is what was trained and
+    evaluated, to rounding. Onto the original ones is another model: without the error of the codes, but with an adapter
+    that had learnt to make up for some of it.
     """
     from veneer.cli.output import console, print_json, short_path, stdout_reserved
 

@@ -51,14 +51,12 @@ def rows_of(data: DataRecipe) -> tuple[Rows, Rows | None]:
     """The training and the held-out rows that a recipe's section names: the same ones that training takes."""
     from veneer.data.read import read
     from veneer.data.split import split
+    from veneer.run import held_out_rows
 
-    options: dict[str, Any] = {"format": data.format, "columns": data.columns}
-    rows = read(data.train, limit=data.max_rows, **options)
-    if data.eval is None:
-        return rows, None
+    rows = read(data.train, limit=data.max_rows, format=data.format, columns=data.columns)
     if isinstance(data.eval, int | float):
         return split(rows, data.eval, data.split_seed)
-    return rows, read(data.eval, **options)
+    return rows, held_out_rows(data)
 
 
 def needed_base(source: Source) -> str:

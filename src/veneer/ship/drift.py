@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from veneer.adapters import MergeReport
 from veneer.adapters.merge import compare_logits
-from veneer.data import Conversation, Rows, render
-from veneer.data.read import read
-from veneer.data.split import split
+from veneer.data import Conversation, render
 from veneer.errors import VeneerError
 from veneer.models import Base
-from veneer.run import Run
+from veneer.run import Run, held_out_rows
 
 POSITIONS = 2000
 BYTES = 1 << 30  # of the logits that are kept, in float32
@@ -101,7 +99,8 @@ def _logits(module: nn.Module, row: Row) -> Tensor:
 
 
 def _held_out(base: Base, run: Run, most: int) -> Probe:
-    rows = _held_out_rows(run)
+    rows = held_out_rows(run.recipe.data)
+    assert rows is not None  # probe_of has seen that some are held out
     everything = rows.conversations
     picked = random.Random(0).sample(everything, min(len(everything), most))  # files are often sorted by topic
     dataset = render(
@@ -123,16 +122,6 @@ def _held_out(base: Base, run: Run, most: int) -> Probe:
     changed = " (its data have changed since the run)" if recorded not in (None, rows.content_hash) else ""
     some = "" if len(found) == len(everything) else f"{len(found)} of "
     return Probe(found, f"the answers of {some}the run's {len(everything)} held-out rows{changed}")
-
-
-def _held_out_rows(run: Run) -> Rows:
-    """The rows that the run held out, read again."""
-    data = run.recipe.data
-    options: dict[str, Any] = {"format": data.format, "columns": data.columns}
-    if isinstance(data.eval, int | float):
-        return split(read(data.train, limit=data.max_rows, **options), data.eval, data.split_seed)[1]
-    assert data.eval is not None
-    return read(data.eval, **options)
 
 
 def _plain_turns(row: Conversation) -> Conversation:

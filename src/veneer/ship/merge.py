@@ -91,11 +91,10 @@ def merge_model(
     Args:
         spec: a run folder or an adapter folder.
         output: the folder to write.
-        onto: of an adapter over a base in codes: "original" folds it into the weights that the codes were made from,
-            "dequantized" into what the codes stand for. The latter is what the adapter was trained over, and gives the
-            trained run to rounding. The former is the usual choice and the default: it takes the codes' own error out
-            of the base, for the price of a small error in the adapter, which had learnt to make up for some of it.
-            Where only the codes are there, the default is "dequantized".
+        onto: of an adapter over a base in codes: "dequantized", the default, folds it into what the codes stand for.
+            That is what the adapter was trained over and evaluated with, and gives that run to rounding. "original"
+            folds it into the weights that the codes were made from: it takes the codes' error out of the base, but the
+            adapter had learnt to make up for some of it, and nothing has evaluated this model yet.
         dtype: of the merged weights; "auto" is the run's own.
         device: to compute on.
         base: the base, where it is not the one recorded.
@@ -175,7 +174,7 @@ def _choice(onto: str | None, ways: tuple[str, ...], base: Base) -> str:
         UsageError: it is not open to this base.
     """
     if onto is None:
-        return ORIGINAL if ORIGINAL in ways else DEQUANTIZED
+        return ways[0]
     if onto in ways:
         return onto
     if onto == DEQUANTIZED:
