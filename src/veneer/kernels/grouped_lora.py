@@ -1,0 +1,304 @@
+"""The products of a MoE layer's experts, group by group: a frozen stack of weights, and low-rank updates on it.
+
+    y_e = x_e W_e^T + b_e + s (x_e A_e^T) B_e^T        for the rows x_e that were routed to expert e
+
+The routed pairs (token, choice) are sorted by expert once; each expert then works on one block of rows. The backward
+does the same, and never forms ``B_e A_e`` or ``dW_e``:
+
+    P_e = s dY_e B_e      dA_e = P_e^T x_e      dB_e = s dY_e^T h_e      dx_e = dY_e W_e + P_e A_e
+
+Kept for the backward: ``x``, by reference, and ``h = x A^T`` ``[N, r]``. Nothing of the size of a stack exists, beside
+the factors and their gradients.
+Names: ``T`` tokens, ``k`` choices of each, ``N`` routed pairs, ``E`` experts, ``K`` experts with factors, ``r`` rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from veneer.kernels.frozen import Weight, matmul_grad, matmul_weight
+
+
+class FrozenStack(Protocol):
+    """A frozen stack ``[E, out, in]`` that is not a plain tensor."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def to(self, *, dtype: torch.dtype) -> FrozenStack:
+        """The same stack, computing in ``dtype``."""
+
+    def index(self, expert: int) -> Weight:
+        """``[out, in]``: the weight of one expert."""
+
+
+Stack: TypeAlias = Tensor | FrozenStack
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which routed pairs belong to which expert."""
+
+    order: Tensor  # [N] int64: the pairs, as token * k + choice, sorted by expert
+    counts: tuple[int, ...]  # how many each of the E experts has
+    shape: torch.Size  # (T, k)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """``[N]`` int64: the token of each pair."""
+        return self.order // self.shape[1]
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """The experts that have rows, each with its block."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """``[E]`` int32: where each expert's block ends."""
+        return torch.tensor(self.counts, device=self.order.device).cumsum(0, dtype=torch.int32)
+
+    @functools.cached_property
+    def experts(self) -> Tensor:
+        """``[N]`` int64: the expert of each pair."""
+        counts = torch.tensor(self.counts, device=self.order.device)
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.order))
+
+    def summed(self, values: Tensor) -> Tensor:
+        """``[N, d]`` of the pairs to ``[T, d]``: the sum for each token, in an order that is always the same."""
+        pairs = values.new_zeros(self.shape.numel(), values.shape[1]).index_copy(0, self.order, values)
+        return pairs.view(*self.shape, -1).sum(1)
+
+
+def group_by_expert(top_k_index: Tensor, experts: int) -> Groups:
+    """Sorts the routed pairs.
+
+    Args:
+        top_k_index: ``[T, k]`` int64; ``E`` and above is no expert, and such pairs are left out.
+        experts: ``E``.
+    """
+    flat = top_k_index.reshape(-1)
+    counts = tuple(torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist())
+    order = torch.argsort(flat, stable=True)[: sum(counts)]
+    return Groups(order, counts, top_k_index.shape)
+
+
+def grouped_reference(
+    x: Tensor,
+    groups: Groups,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    positions: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Both operations in plain PyTorch over gathered ``x [N, in]``, differentiable in everything; the oracle."""
+    parts = []
+    for expert, span in groups.spans():
+        y = F.linear(x[span], weight[expert], None if bias is None else bias[expert])
+        at = expert if positions is None else positions[expert]
+        if at >= 0:
+            y = y + scaling * (x[span] @ A[at].to(x.dtype).t()) @ B[at].to(x.dtype).t()
+        parts.append(y)
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+
+
+def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
+    """``x_e W_e^T + b_e``, differentiable in ``x`` alone.
+
+    Args:
+        x: ``[T, in]`` the tokens, with ``gather``; else ``[N, in]``, a row for each pair, sorted by expert.
+        weight: ``[E, out, in]`` frozen, a tensor (any strides) or codes; computed with in ``x``'s dtype.
+        bias: ``[E, out]`` frozen, or None.
+
+    Returns:
+        ``[N, out]`` in ``x``'s dtype, sorted by expert.
+    """
+    result: Tensor = _GroupedLinear.apply(x, groups, weight, bias, gather)  # type: ignore[no-untyped-call]  # torch's
+    return result
+
+
+def add_grouped_lora(
+    y: Tensor,
+    x: Tensor,
+    groups: Groups,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    gather: bool,
+    positions: tuple[int, ...] | None = None,
+) -> Tensor:
+    """``y_e + s (x_e A_e^T) B_e^T`` in the place of ``y``, differentiable in ``y``, ``x``, ``A`` and ``B``.
+
+    Args:
+        y: ``[N, out]``: the result of :func:`grouped_linear`, which is written over.
+        x: as there, in ``y``'s dtype.
+        A: ``[K, r, in]`` float32 masters: an expert's are cast to ``x``'s dtype when its turn comes; the gradient comes
+            back in float32, in one tensor.
+        B: ``[K, out, r]``, likewise.
+        scaling: ``alpha / r``, or ``alpha / sqrt(r)``.
+        positions: for each of the E experts the place of its factors, or -1 where it has none; None: K = E, in order.
+    """
+    result: Tensor = _AddGroupedLora.apply(y, x, groups, A, B, scaling, gather, positions)  # type: ignore[no-untyped-call]  # torch's
+    return result
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, gather: bool) -> Tensor:
+        ctx.groups, ctx.weight, ctx.shape = groups, weight, x.shape
+        ctx.rows = groups.tokens if gather else None
+        return _products(x, ctx.rows, groups, _Matrices(weight, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _grad_input(dy, ctx.rows, ctx.shape, ctx.groups, _Matrices(ctx.weight, dy.dtype))
+        return dx, None, None, None, None
+
+
+class _AddGroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        groups: Groups,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        gather: bool,
+        positions: tuple[int, ...] | None,
+    ) -> Tensor:
+        rows = groups.tokens if gather else None
+        h = _products(x, rows, groups, _Matrices(A, x.dtype, positions)).mul_(scaling)
+        _products(h, None, groups, _Matrices(B, x.dtype, positions), onto=y)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.groups, ctx.rows, ctx.scaling, ctx.positions = groups, rows, scaling, positions
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B = ctx.saved_tensors
+        groups, rows, positions = ctx.groups, ctx.rows, ctx.positions
+        p = _grad_input(dy, None, h.shape, groups, _Matrices(B, dy.dtype, positions)).mul_(ctx.scaling)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = _grad_input(p, rows, x.shape, groups, _Matrices(A, dy.dtype, positions))
+        dA, dB = _grad_weight(p, x, rows, groups, A, positions), _grad_weight(dy, h, None, groups, B, positions)
+        return dy, dx, None, dA, dB, None, None, None
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A stack as the products see it: in their dtype, and perhaps with matrices for some of the experts only."""
+
+    stack: Stack
+    dtype: torch.dtype
+    positions: tuple[int, ...] | None = None
+
+    def of(self, expert: int) -> Weight | None:
+        """``[out, in]``, or None for an expert that has none."""
+        at = expert if self.positions is None else self.positions[expert]
+        if at < 0:
+            return None
+        if isinstance(self.stack, Tensor):
+            return self.stack[at].to(self.dtype)
+        return self.stack.to(dtype=self.dtype).index(at)
+
+    def whole(self) -> Tensor | None:
+        """``[E, out, in]`` for one kernel over all groups; None where there is no such kernel for it."""
+        if not isinstance(self.stack, Tensor) or not has_kernel(self.stack.device, self.dtype, self.stack.shape[1:]):
+            return None
+        stack = self.stack.to(self.dtype)
+        if self.positions is None:
+            return stack
+        # The last row, of zeros, is what -1 points to.
+        return torch.cat([stack, stack.new_zeros(1, *stack.shape[1:])])[list(self.positions)]
+
+
+@functools.cache
+def has_kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    """Whether torch multiplies all groups by one kernel: bfloat16 on an NVIDIA GPU, rows of a multiple of 16 bytes."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and not any(width % 8 for width in widths)
+
+
+def _products(
+    x: Tensor,
+    rows: Tensor | None,
+    groups: Groups,
+    matrices: _Matrices,
+    bias: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """``x_e W_e^T + b_e`` ``[N, out]``, added to ``onto`` where that is given; zero for experts without a matrix."""
+    if (whole := matrices.whole()) is not None:
+        y = F.grouped_mm(_rows(x, rows), whole.mT, offs=groups.ends)
+        if bias is not None:
+            y += bias.to(y.dtype)[groups.experts]
+        return y if onto is None else onto.add_(y)
+    y = x.new_zeros(len(groups.order), matrices.stack.shape[1]) if onto is None else onto
+    for expert, span in groups.spans():
+        if (weight := matrices.of(expert)) is not None:
+            own = None if bias is None else bias[expert].to(y.dtype)
+            product = matmul_weight(_rows(x, rows, span), weight, own)
+            y[span] = product if onto is None else y[span].add_(product)
+    return y
+
+
+def _grad_input(dy: Tensor, rows: Tensor | None, shape: torch.Size, groups: Groups, matrices: _Matrices) -> Tensor:
+    """``dY_e W_e`` ``[N, in]``; with ``rows`` it is summed up for each token, in float32, to ``[T, in]``."""
+    if (whole := matrices.whole()) is not None:
+        dx = F.grouped_mm(dy, whole, offs=groups.ends)
+        return dx if rows is None else groups.summed(dx)
+    dx = dy.new_zeros(shape, dtype=dy.dtype if rows is None else torch.promote_types(dy.dtype, torch.float32))
+    for expert, span in groups.spans():
+        if (weight := matrices.of(expert)) is None:
+            continue
+        if rows is None:
+            dx[span] = matmul_grad(dy[span], weight)
+        else:
+            dx.index_add_(0, rows[span], matmul_grad(dy[span], weight).to(dx.dtype))
+    return dx.to(dy.dtype)
+
+
+def _grad_weight(
+    dy: Tensor, x: Tensor, rows: Tensor | None, groups: Groups, master: Tensor, positions: tuple[int, ...] | None
+) -> Tensor:
+    """``dY_e^T x_e`` ``[K, out, in]`` in the master's dtype; zero for an expert without rows."""
+    grad = torch.zeros_like(master)
+    if has_kernel(dy.device, dy.dtype, master.shape[1:]):
+        every = F.grouped_mm(dy.t(), _rows(x, rows), offs=groups.ends)
+        return grad.copy_(every if positions is None else every[_owners(positions)])
+    for expert, span in groups.spans():
+        at = expert if positions is None else positions[expert]
+        if at >= 0:
+            grad[at] = dy[span].t() @ _rows(x, rows, span)
+    return grad
+
+
+def _rows(x: Tensor, rows: Tensor | None, span: slice = slice(None)) -> Tensor:
+    """Some rows of ``x [N, in]``; with ``rows``, of the tokens ``x [T, in]`` that they name."""
+    return x[span] if rows is None else x[rows[span]]
+
+
+def _owners(positions: tuple[int, ...]) -> list[int]:
+    """The experts that have factors, in the order of their factors."""
+    return sorted((e for e, at in enumerate(positions) if at >= 0), key=positions.__getitem__)

@@ -1,0 +1,155 @@
+"""The experts' products in groups: exact derivatives, the oracle's numbers, and nothing of the size of a stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels import grouped_lora
+from veneer.kernels.grouped_lora import add_grouped_lora, group_by_expert, grouped_linear, grouped_reference
+from veneer.quant import QuantConfig, quantize
+
+E, IN, OUT, R = 5, 7, 6, 3  # odd sizes; experts 1 and 4 are never chosen in INDEX
+INDEX = torch.tensor([[0, 2], [3, 0], [2, 3], [0, 0]])  # the last token has one expert twice
+SUBSET = (1, -1, 0, -1, 2)  # experts 2, 0 and 4 have factors, in this order
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def operands(dtype: torch.dtype = torch.float64, tokens: int = 4, k: int = E) -> tuple[Tensor, ...]:
+    """``x, weight, bias, A, B`` with E experts, k of which have factors."""
+    shapes = ((tokens, IN), (E, OUT, IN), (E, OUT), (k, R, IN), (k, OUT, R))
+    x, weight, bias, A, B = (randn(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    return x, weight, bias, A, B
+
+
+def layer(
+    x: Tensor, A: Tensor, B: Tensor, shares: Tensor, index: Tensor, weight: Any, bias: Any, positions: Any
+) -> Tensor:
+    """Two stacks with one set of factors each way: gathered rows in the first, sorted rows in the second."""
+    groups = group_by_expert(index, E)
+    y = add_grouped_lora(
+        grouped_linear(x, groups, weight, bias, gather=True), x, groups, A, B, 0.5, gather=True, positions=positions
+    ).tanh()
+    back = grouped_linear(y, groups, weight.mT, None, gather=False)
+    z = add_grouped_lora(back, y, groups, B.mT, A.mT, 0.5, gather=False, positions=positions)
+    return groups.summed(z * shares.reshape(-1)[groups.order, None])
+
+
+@pytest.mark.parametrize("index", [INDEX, INDEX[:1], torch.tensor([[1, 5], [4, 1], [5, 5], [2, 2]])])
+@pytest.mark.parametrize("positions", [None, SUBSET])
+def test_derivatives_are_exact_for_input_factors_and_gate_weights(index: Tensor, positions: Any) -> None:
+    """Also with empty experts, one token, an expert twice, and 5, which is no expert."""
+    x, weight, bias, A, B = operands(tokens=len(index), k=E if positions is None else 3)
+    shares = randn(*index.shape, seed=9)
+    trained = [tensor.clone().requires_grad_() for tensor in (x, A, B, shares)]
+    assert torch.autograd.gradcheck(lambda *t: layer(*t, index, weight, bias, positions), trained)
+
+
+@pytest.mark.parametrize("positions", [None, SUBSET])
+def test_both_operations_give_the_oracles_output_and_gradients(positions: Any) -> None:
+    x, weight, bias, A, B = operands(k=E if positions is None else 3)
+    groups = group_by_expert(INDEX, E)
+    found = []
+    for fused in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
+        mine, a, b = leaves
+        if fused:
+            y = grouped_linear(mine, groups, weight, bias, gather=True)
+            y = add_grouped_lora(y, mine, groups, a, b, 1.5, gather=True, positions=positions)
+        else:
+            y = grouped_reference(mine[groups.tokens], groups, weight, bias, a, b, 1.5, positions)
+        y.square().sum().backward()
+        found.append((y, *(leaf.grad for leaf in leaves)))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_come_back_to_their_tokens() -> None:
+    groups = group_by_expert(torch.tensor([[3, 1], [9, 0], [1, 1]]), 4)
+    assert groups.counts == (1, 3, 0, 1)
+    assert groups.order.tolist() == [3, 1, 4, 5, 0]
+    assert groups.experts.tolist() == [0, 1, 1, 1, 3]
+    assert groups.ends.tolist() == [1, 4, 4, 5]
+    values = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
+    assert groups.summed(values).flatten().tolist() == [18.0, 1.0, 12.0]
+
+
+def test_no_routed_pair_gives_no_rows_and_zero_gradients() -> None:
+    x, weight, bias, A, B = operands(tokens=2)
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    index = torch.full((2, 2), E)
+    out = layer(x, A, B, torch.ones(2, 2, dtype=torch.float64), index, weight, bias, None)
+    assert torch.equal(out, torch.zeros(2, IN, dtype=torch.float64))
+    out.sum().backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in (x, A, B))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_over_codes_it_is_what_it_is_over_the_decoded_stack(scheme: Any) -> None:
+    stack = quantize(randn(E, 16, 64, dtype=torch.float32), QuantConfig(scheme))
+    x, A, B = (randn(*s, seed=n, dtype=torch.float32) for n, s in enumerate(((4, 64), (E, R, 64), (E, 16, R))))
+    groups = group_by_expert(INDEX, E)
+    found = []
+    for weight in (stack, stack.dequantize()):
+        leaf = x.clone().requires_grad_()
+        y = grouped_linear(leaf, groups, weight, None, gather=True)
+        add_grouped_lora(y, leaf, groups, A, B, 1.0, gather=True).square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_keep_their_float32_under_bfloat16_activations_and_so_do_their_gradients() -> None:
+    x, weight, bias, _, _ = operands(torch.bfloat16)
+    _, _, _, A, B = operands(torch.float32)
+    wide = [tensor.float() for tensor in (x, weight, bias)]
+    groups = group_by_expert(INDEX, E)
+    found = []
+    for flat, w, b in ((x, weight, bias), wide):
+        factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+        y = grouped_linear(flat, groups, w, b, gather=True)
+        y = add_grouped_lora(y, flat, groups, *factors, 1.0, gather=True)
+        assert y.dtype == flat.dtype
+        y.sum().backward()
+        found.append([factor.grad for factor in factors])
+    for got, expected in zip(*found):
+        assert got is not None
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 0.01 * expected.norm()  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("positions", [None, SUBSET])
+def test_one_kernel_over_all_groups_gives_what_the_loop_gives(positions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on NVIDIA GPUs, on the CPU's implementation of the same operation."""
+    k = E if positions is None else 3
+    shapes = ((4, 16), (E, 8, 16), (E, 8), (k, 8, 16), (k, 8, 8))
+    x, weight, bias, A, B = (randn(*s, seed=n, dtype=torch.float32) for n, s in enumerate(shapes))
+    groups = group_by_expert(INDEX, E)
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(grouped_lora, "has_kernel", lambda *_, kernel=kernel: kernel)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
+        y = grouped_linear(leaves[0], groups, weight, bias, gather=True)
+        y = add_grouped_lora(y, *(leaves[0], groups, leaves[1], leaves[2], 0.5), gather=True, positions=positions)
+        y.square().sum().backward()
+        found.append((y, *(leaf.grad for leaf in leaves)))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_but_the_input_and_the_rank_sized_product_is_kept_for_the_backward() -> None:
+    x, weight, bias, A, B = operands()
+    A.requires_grad_()
+    groups = group_by_expert(INDEX, E)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        y = grouped_linear(x, groups, weight, bias, gather=True)
+        add_grouped_lora(y, x, groups, A, B, 1.0, gather=True)
+    own = {tensor.data_ptr() for tensor in (x, A, B)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(8, R)]
