@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from veneer.models import Base, load_base, load_tokenizer
-from veneer.models.quantized_experts import QuantizedStack
 from veneer.quant import QuantizedLinear, QuantizedTensor
+from veneer.quant.stack import QuantizedStack
 
 # Widths that bitsandbytes takes too: rows of whole blocks, a multiple of 32 of them.
 SMALL: dict[str, Any] = {

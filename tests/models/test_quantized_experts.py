@@ -11,10 +11,11 @@ import transformers
 from quantized_folders import FAMILIES, SMALL, codes_of, decoded, some_ids, write_model
 from torch import nn
 
+from veneer.adapters.fused_experts import is_recognised
 from veneer.models import load_base
-from veneer.models.quantized_experts import QuantizedStack, is_recognised
 from veneer.models.quantized_plan import UNKNOWN_EXPERTS
 from veneer.quant import QuantizedTensor
+from veneer.quant.stack import QuantizedStack
 
 MOE = ("Mixtral", "Qwen3Moe", "Qwen2Moe", "GptOss")
 

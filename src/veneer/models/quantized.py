@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from veneer.models.quantized_experts import QuantizedStack
 from veneer.models.quantized_plan import UNKNOWN_EXPERTS, QuantPlan
 from veneer.quant import QuantConfig, QuantizedTensor
+from veneer.quant.stack import QuantizedStack
 
 _log = logging.getLogger("veneer.models")
 

@@ -24,6 +24,7 @@ from veneer.models.quantized_plan import Weight, plan_quantisation
 from veneer.models.quantized_read import Heap, Lazy, StoredTensor, stored_tensors, weights_in_codes
 from veneer.models.strict import first_line, quiet, raise_report
 from veneer.quant import QuantConfig, QuantizedLinear, QuantizedTensor
+from veneer.quant.stack import QuantizedStack
 
 Progress = Callable[[int, int, str], None]  # tensors read before this one, tensors in all, this one's name
 
@@ -180,7 +181,7 @@ def _replace(module: nn.Module, name: str, weight: Weight, codes: QuantizedTenso
     owner = module.get_submodule(path)
     if weight.kind == "experts":
         delattr(owner, attribute)
-        setattr(owner, attribute, quantized_experts.QuantizedStack(codes).eval())
+        setattr(owner, attribute, QuantizedStack(codes).eval())
         return
     parent, _, child = path.rpartition(".")
     linear = QuantizedLinear(codes, owner._parameters.get("bias"))

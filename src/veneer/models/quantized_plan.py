@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from veneer.adapters.fused_experts import EXPERT_WEIGHTS, is_recognised
 from veneer.adapters.targets import output_heads
 from veneer.errors import UsageError, did_you_mean
-from veneer.models.quantized_experts import EXPERT_WEIGHTS, is_recognised
 
 Kind = Literal["linear", "conv1d", "experts"]
 

@@ -22,8 +22,8 @@ from veneer import __version__
 from veneer.errors import UsageError
 from veneer.files import atomic_folder, write_json
 from veneer.models.quantized_config import OURS
-from veneer.models.quantized_experts import QuantizedStack
 from veneer.quant import QuantConfig, QuantizedLinear
+from veneer.quant.stack import QuantizedStack
 
 if TYPE_CHECKING:
     from veneer.models.load import Base

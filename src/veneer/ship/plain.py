@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.models.quantized_experts import QuantizedStack
+from veneer.quant.stack import QuantizedStack
 
 
 @torch.no_grad()
