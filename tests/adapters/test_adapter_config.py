@@ -39,7 +39,6 @@ def test_scaling_is_alpha_over_r_or_over_its_root():
         ({"init_lora_weights": "orthogonal", "r": 3}, "r"),
         ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern"),
         ({"bias": "all"}, "bias"),
-        ({"use_dora": True}, "use_dora"),
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": [3]}, "target_modules"),
@@ -109,10 +108,8 @@ def test_pefts_own_default_file_is_read():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("lora_bias", True),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [1, 2]),
         ("use_qalora", True),

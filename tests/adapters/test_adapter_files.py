@@ -192,7 +192,7 @@ def _damage(how, folder):
         ("wrong shape", r"is \[2, 32\], but \[4, 32\] is expected"),
         ("NaN", "NaN or Inf"),
         ("other rank", r"but \[8, 32\] is expected"),
-        ("dora", "use_dora"),
+        ("dora", r"missing tensor '.*lora_magnitude_vector'"),
         ("token out of range", "there is no token 300"),
     ],
 )

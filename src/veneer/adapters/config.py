@@ -13,10 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.adapters.combinations import check_combination
+from veneer.adapters.settings import AdaLoraConfig, EvaConfig, LoftqConfig, LoraGaConfig, section
 from veneer.errors import AdapterError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-INITS = (True, False, "gaussian", "orthogonal")
+# By what an initialisation needs: nothing, the weight, or rows of data.
+PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+WEIGHT_INITS = ("pissa", "olora", "loftq")  # and pissa_niter_N
+DATA_INITS = ("eva", "lora_ga")
+INITS = (*PLAIN_INITS, *WEIGHT_INITS, *DATA_INITS)
+PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
 
 # PEFT's keys that change the maths and that we do not compute, with the values under which they do nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -26,13 +33,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False,),
     "kasa_config": (None,),
     "layer_replication": (None, []),
-    "loftq_config": (None, {}),
     "lora_bias": (False,),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -41,9 +45,7 @@ _NOTES = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "eva_config",
     "inference_mode",
-    "lora_ga_config",
     "megatron_core",
     "peft_type",
     "peft_version",
@@ -51,6 +53,25 @@ _NOTES = {
     "revision",
     "runtime_config",
 }
+
+
+_SEQUENCES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "experts",
+)
+_SECTIONS: dict[str, type] = {
+    "loftq_config": LoftqConfig,
+    "eva_config": EvaConfig,
+    "lora_ga_config": LoraGaConfig,
+    "adalora_config": AdaLoraConfig,
+}
+# Fields that say how an adapter starts or is trained, not what it computes.
+_OF_TRAINING = (*_SECTIONS, "use_lora_fa", "experts")
 
 
 @dataclass(frozen=True)
@@ -79,10 +100,18 @@ class LoraConfig:
         trainable_token_indices: ids of tokens whose rows of the input embedding are trained (a tied output head
             follows), or ``{module: ids}``.
         init_lora_weights: ``True`` (Kaiming A, zero B), ``"gaussian"``, ``"orthogonal"``, or ``False`` (a random
-            update, for tests).
+            update, for tests); from the weights: ``"pissa"``, ``"pissa_niter_N"`` (N rounds of a randomised SVD),
+            ``"olora"``, ``"loftq"`` (over codes); from rows of data: ``"eva"``, ``"lora_ga"``.
+        loftq_config, eva_config, lora_ga_config: their settings, as mappings or as the dataclasses of that name.
         bias: only ``"none"``: a trained base bias would make "adapter off" something else than the base.
         fan_in_fan_out: accepted and not needed: the layer's type decides.
-        use_dora: only False for now.
+        use_dora: train the size of each row of the weight apart from its direction (Liu et al. 2024).
+        use_lora_fa: only B is trained, A stays as it starts (Zhang et al. 2023, LoRA-FA).
+        adalora_config: ranks move to where they matter while training (Zhang et al. 2023, AdaLoRA), from ``r``
+            everywhere to ``target_r`` on average.
+        target_parameters: parameters that hold the stacked weights of experts, by the ends of their paths.
+        experts: which experts of every MoE layer are adapted: ``"none"``, ``"all"``, ``"top-K"`` (the K that rows of
+            data activate most), or a list of indices.
         task_type: written into the file for PEFT; nothing here depends on it.
 
     Raises:
@@ -105,11 +134,21 @@ class LoraConfig:
     bias: str = "none"
     fan_in_fan_out: bool = False
     use_dora: bool = False
+    use_lora_fa: bool = False
+    loftq_config: LoftqConfig | Mapping[str, Any] | None = None
+    eva_config: EvaConfig | Mapping[str, Any] | None = None
+    lora_ga_config: LoraGaConfig | Mapping[str, Any] | None = None
+    adalora_config: AdaLoraConfig | Mapping[str, Any] | None = None
+    target_parameters: Sequence[str] | None = None
+    experts: str | Sequence[int] = "none"
     task_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for name in _SEQUENCES:
             self._freeze(name)
+        for name, kind in _SECTIONS.items():
+            value = getattr(self, name) or None  # PEFT writes {} where there is nothing
+            object.__setattr__(self, name, section(kind, value, f"LoraConfig.{name}"))
         self._freeze_tokens()
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
@@ -143,24 +182,26 @@ class LoraConfig:
             _positive_number(f"alpha_pattern[{pattern!r}]", alpha)
         if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
             raise _wrong("lora_dropout", self.lora_dropout, "give a probability from 0 to below 1")
-        if not isinstance(self.init_lora_weights, (bool, str)) or self.init_lora_weights not in INITS:
-            known = [str(i) for i in INITS]
-            hint = did_you_mean(str(self.init_lora_weights), known) or f"use one of {', '.join(known)}"
-            raise _wrong("init_lora_weights", self.init_lora_weights, hint)
+        init = self.init_lora_weights
+        known_init = isinstance(init, bool | str) and (init in INITS or PISSA_NITER.fullmatch(str(init)))
+        if not known_init:
+            known = [*(str(i) for i in INITS), "pissa_niter_N"]
+            hint = did_you_mean(str(init), known) or f"use one of {', '.join(known)}"
+            raise _wrong("init_lora_weights", init, hint)
         if self.init_lora_weights == "orthogonal":
             for rank in (self.r, *self.rank_pattern.values()):
                 if rank % 2:
                     raise _wrong("r", rank, "the orthogonal initialisation splits the rank in two: give an even one")
         if self.bias != "none":
             raise _wrong("bias", self.bias, "use bias='none': with a trained bias, adapter off would not be the base")
-        if self.use_dora:
-            raise _wrong("use_dora", True, "DoRA is not available yet: use use_dora=False")
+        check_combination(self)
         self._check_targets()
 
     def _check_targets(self) -> None:
         if self.target_modules is None:
             raise _wrong("target_modules", None, "use 'all-linear', or a list of module names")
-        if not self.target_modules and not self.modules_to_save and not self.trainable_token_indices:
+        others = (self.modules_to_save, self.trainable_token_indices, self.target_parameters, self.experts != "none")
+        if not self.target_modules and not any(others):
             raise _wrong("target_modules", self.target_modules, "name at least one module, or use 'all-linear'")
         if isinstance(self.modules_to_save, str):
             raise _wrong("modules_to_save", self.modules_to_save, f"give a list: [{self.modules_to_save!r}]")
@@ -210,6 +251,8 @@ class LoraConfig:
                     where=f"{where}: {key}",
                     fix="merge the adapter with PEFT and use the merged model, or train one without this option",
                 )
+            if key in _OF_TRAINING:
+                continue
             if key in fields:
                 values[key] = value
             elif key not in _NOTES and key not in _UNSUPPORTED and value not in (None, False, [], {}, ""):
@@ -235,18 +278,29 @@ class LoraConfig:
             raise AdapterError(f"a value has the wrong type: {error}", where=where) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """This config with PEFT's keys, JSON-able, every unordered list sorted."""
-        data = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """This config with PEFT's keys, JSON-able, every unordered list sorted.
+
+        How the adapter started and how it was trained is not in it: once there are weights, that matters no more.
+        """
+        data = self.settings()
+        for name in _OF_TRAINING:
+            del data[name]
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
             if isinstance(data[name], list):
                 data[name] = sorted(data[name])
+        if data["init_lora_weights"] not in PLAIN_INITS:
+            data["init_lora_weights"] = True
         return {**data, "lora_bias": False, "peft_type": "LORA", "inference_mode": True}
+
+    def settings(self) -> dict[str, Any]:
+        """All fields, JSON-able; ``LoraConfig(**settings)`` is this config."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def _init_of_file(init: Any, where: str) -> Any:
     """Initialisations that leave the base alone matter no more once there are weights; the others moved the base."""
     name = init.lower() if isinstance(init, str) else init
-    if name in INITS:
+    if name in PLAIN_INITS:
         return name
     if name == "eva":
         return True
@@ -262,6 +316,8 @@ def _plain(value: Any) -> Any:
         return list(value)
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(entry) for key, entry in dataclasses.asdict(value).items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

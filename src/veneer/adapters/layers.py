@@ -1,8 +1,9 @@
 """The adapted layers: a frozen base layer and one object per adapter.
 
-    y = W x + b + sum over active adapters of  s B (A dropout(x))        (Hu et al. 2021, eq. 3)
+    y = g (W x + s B' (A' dropout(x))) + b        (Hu et al. 2021, eq. 3, with g = 1, A' = A and B' = B)
 
-With no adapter active, a layer calls its base layer and nothing else, so that adapter off is the base bit for bit.
+What A', B' and g are is up to the variants of the adapter. Several active adapters add up what each changes. With none
+active, a layer calls its base layer and nothing else, so that adapter off is the base bit for bit.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank, ``V`` vocabulary, ``d`` width of the embedding.
 """
 
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.kernels.frozen import Weight, as_tensor
+from veneer.adapters.dora import KEY as MAGNITUDE
+from veneer.adapters.dora import square_norms
+from veneer.adapters.variant import Variant
+from veneer.kernels.frozen import Weight, as_tensor, matmul_weight
 from veneer.kernels.lora_linear import lora_linear
 from veneer.quant import QuantizedLinear
 
@@ -29,6 +33,7 @@ class LoraFactors:
     B: Tensor  # [out, r]  up projection, zero at the start
     scaling: float  # alpha / r, or alpha / sqrt(r) with rank stabilisation
     dropout: float  # on the input of A; 0.0 outside of training
+    row_scale: Tensor | None = None  # [out] float32: factor of each output before the bias; None for ones
 
 
 def master_dtype(tensor: Weight) -> torch.dtype:
@@ -59,24 +64,73 @@ class LoraAdapter(nn.Module):
         scaling: factor before ``B A``.
         dropout: probability of dropping an element of A's input while training.
         like: a tensor of the base layer: gives the device, and the dtype through :func:`master_dtype`.
+        variants: what acts beside plain LoRA, in the order in which it changes the factors.
     """
 
-    def __init__(self, width_in: int, width_out: int, r: int, scaling: float, dropout: float, like: Weight) -> None:
+    A: Tensor  # a parameter; a buffer where it is frozen
+    B: Tensor
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        r: int,
+        scaling: float,
+        dropout: float,
+        like: Weight,
+        variants: tuple[Variant, ...] = (),
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.zeros(r, width_in, dtype=master_dtype(like), device=like.device))
         self.B = nn.Parameter(torch.zeros(width_out, r, dtype=master_dtype(like), device=like.device))
-        self.scaling, self.dropout = scaling, dropout
+        self.scaling, self.dropout, self.variants = scaling, dropout, variants
+        self.magnitude: nn.Parameter | None = None  # [out] float32, of DoRA
+        self.norm: tuple[object, Tensor] | None = None  # DoRA's row norms, and what they were computed from
 
     @property
     def r(self) -> int:
         return self.A.shape[0]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A' [k, in]`` and ``B' [out, k]`` as they act; differentiable."""
+        A, B = self.A, self.B
+        for variant in self.variants:
+            A, B = variant.factors(self, A, B)
+        return A, B
+
+    def row_scale(self, layer: LoraLinear) -> Tensor | None:
+        """``g [out]``, the factor of each output before the bias; differentiable."""
+        for variant in self.variants:
+            scale = variant.row_scale(self, layer)
+            if scale is not None:
+                return scale
+        return None
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
-        """``[out, in]``, the dense update, in the factors' dtype (float32): bfloat16 would lose its small entries."""
-        return self.scaling * (self.B.detach() @ self.A.detach())
+        """``[out, in]``, the dense ``s B' A'``, in the factors' dtype, float32: 16 bits would lose its small entries."""
+        A, B = self.factors()
+        return self.scaling * (B @ A)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the adapter at a linear, trained and kept, by the end of their key."""
+        found = {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        for variant in self.variants:
+            found |= variant.tensors(self)
+        return found
+
+    @torch.no_grad()
+    def portable(self) -> dict[str, Tensor]:
+        """What acts, as PEFT's file has it: the plain factors ``A'`` and ``B'``, and DoRA's magnitude."""
+        A, B = self.factors()
+        own = {} if self.magnitude is None else {MAGNITUDE: self.magnitude}
+        return {"lora_A.weight": A, "lora_B.weight": B, **own}
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        names = "".join(f", {type(variant).__name__.lower()}" for variant in self.variants)
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}{names}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:
         super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's own
@@ -97,6 +151,7 @@ class LoraLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.transposed = transposed
+        self._square_norm: Tensor | None = None
         rows, columns = self.weight.shape
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
 
@@ -110,17 +165,38 @@ class LoraLinear(nn.Module):
         """``[out]``, the base's own bias."""
         return self.base_layer.bias  # type: ignore[return-value]  # nn.Module's attributes are untyped
 
-    def add(self, name: str, r: int, scaling: float, dropout: float) -> LoraAdapter:
-        """A new adapter with zero factors; not active yet."""
-        adapter = LoraAdapter(self.in_features, self.out_features, r, scaling, dropout, self.weight)
+    def add(self, name: str, r: int, scaling: float, dropout: float, variants: tuple[Variant, ...] = ()) -> LoraAdapter:
+        """A new adapter with zero factors; not active yet. Its variants start when the factors are filled."""
+        adapter = LoraAdapter(self.in_features, self.out_features, r, scaling, dropout, self.weight, variants)
         self.adapters[name] = adapter
         return adapter
+
+    def start(self, name: str) -> None:
+        """Gives an adapter, its factors filled, what its variants need beside them."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LoraAdapter)
+        for variant in adapter.variants:
+            variant.start(adapter, self)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """``rows [n, in]`` in the weight's dtype to ``rows W^T [n, out]``, without bias; outside of autograd."""
+        weight = self.weight
+        if self.transposed and isinstance(weight, Tensor):
+            return rows @ weight
+        return matmul_weight(rows, weight)
+
+    def square_norm(self) -> Tensor:
+        """``[out]`` float32: the squares of the norms of the weight's rows; kept, since the weight is frozen."""
+        if self._square_norm is None or self._square_norm.device != self.weight.device:
+            self._square_norm = square_norms(self.weight, self.transposed)
+        return self._square_norm
 
     def active_factors(self) -> list[LoraFactors]:
         """The factors that act now, for a fused block that computes this layer itself; empty when adapters are off."""
         found: list[LoraFactors] = []
         for adapter in active_adapters(self):
-            found.append(LoraFactors(adapter.A, adapter.B, adapter.scaling, adapter.dropout if self.training else 0.0))
+            dropout = adapter.dropout if self.training else 0.0
+            found.append(LoraFactors(*adapter.factors(), adapter.scaling, dropout, adapter.row_scale(self)))
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,12 +209,18 @@ class LoraLinear(nn.Module):
             weight = self.weight
             if self.transposed and isinstance(weight, Tensor):
                 weight = weight.t()
-            return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling)
-        y: Tensor = self.base_layer(x)
+            return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling, only.row_scale)
+        base: Tensor = self.base_layer(x)
+        y = base
         for f in factors:
             dropped = F.dropout(x, f.dropout) if f.dropout else x
             h = F.linear(dropped, f.A.to(x.dtype))
-            y = y + (f.scaling * F.linear(h, f.B.to(x.dtype))).to(y.dtype)
+            change = (f.scaling * F.linear(h, f.B.to(x.dtype))).to(y.dtype)
+            if f.row_scale is not None:
+                # g (W x + c) is W x + c + (g - 1) (W x + c); near 1, g itself has few digits in 16 bits.
+                plain = base if self.bias is None else base - self.bias
+                change = change + (f.row_scale - 1).to(y.dtype) * (plain + change)
+            y = y + change
         return y
 
     def is_plain(self, x: Tensor) -> bool:
@@ -158,15 +240,32 @@ class LoraLinear(nn.Module):
             return {}
         adapter = self.adapters[name]
         assert isinstance(adapter, LoraAdapter)
-        return {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
+        return adapter.tensors()
+
+    def portable(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one adapter as they stand in PEFT's file."""
+        if name not in self.adapters:
+            return {}
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LoraAdapter)
+        return adapter.portable()
 
     def merged(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The base's weight with these adapters folded in: summed in float32, rounded to the base's dtype once."""
-        delta = sum_of_deltas(self, names)
-        if delta is None:
+        adapters: list[LoraAdapter] = [self.adapters[name] for name in names if name in self.adapters]  # type: ignore[misc]  # untyped
+        if not adapters:
             return {}
         weight = as_tensor(self.weight).detach()
-        return {"weight": (weight.to(delta.dtype) + (delta.t() if self.transposed else delta)).to(weight.dtype)}
+        total = weight.to(master_dtype(weight), copy=True)
+        plain = total.t() if self.transposed else total  # a view: [out, in]
+        rows = plain.clone() if any(adapter.row_scale(self) is not None for adapter in adapters) else plain
+        for adapter in adapters:
+            change = adapter.delta()
+            scale = adapter.row_scale(self)
+            if scale is not None:
+                change += (scale.detach() - 1)[:, None] * (rows + change)
+            plain += change
+        return {"weight": total.to(weight.dtype)}
 
 
 class LoraEmbedding(nn.Module):

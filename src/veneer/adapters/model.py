@@ -14,14 +14,17 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.combinations import check_fit
 from veneer.adapters.config import LoraConfig
 from veneer.adapters.coverage import Coverage, coverage
 from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
+from veneer.adapters.ranks import with_ranks
 from veneer.adapters.saved import SavedModule
 from veneer.adapters.slots import SLOTS, Slot, base_modules, places
 from veneer.adapters.targets import Plan, inside, resolve
 from veneer.adapters.tokens import TokenEmbedding, TokenHead, TokenRows
+from veneer.adapters.variants import variants_of
 from veneer.errors import AdapterError, did_you_mean
 
 KEY_PREFIX = "base_model.model."
@@ -116,6 +119,7 @@ class AdaptedModel:
             AdapterError: the name is taken or cannot be a name; the config does not fit the base or the adapters on it.
         """
         plan = resolve(self.module, config)
+        check_fit(config, plan, base_modules(self.module))
         self.install(name, config, plan)
         if seed is None:
             seed = int(torch.randint(2**62, ()))
@@ -125,9 +129,13 @@ class AdaptedModel:
             assert isinstance(adapter, LoraAdapter)
             fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
             fill(adapter.A, adapter.B, config.init_lora_weights, seed, KEY_PREFIX + target.path)
+        self.start(name)
 
     def install(self, name: str, config: LoraConfig, plan: Plan) -> None:
-        """Places the adapter that ``plan`` describes, with zero factors. All is checked before anything is changed."""
+        """Places the adapter that ``plan`` describes, with zero factors. All is checked before anything is changed.
+
+        Whoever fills them then starts its variants: :meth:`LoraLinear.start`.
+        """
         self._check_name(name)
         modules, hanging = base_modules(self.module), places(self.module)
         self._check_places(plan, modules)
@@ -154,7 +162,7 @@ class AdaptedModel:
                 slot_at(target.path, LoraEmbedding).add(name, target.r, scaling, config.lora_dropout)
             else:
                 linear = slot_at(target.path, LoraLinear, transposed=target.kind == "conv1d")
-                linear.add(name, target.r, scaling, config.lora_dropout)
+                linear.add(name, target.r, scaling, config.lora_dropout, variants_of(config))
         # Embeddings first: a tied head reads their rows.
         for token in sorted(plan.tokens, key=lambda token: token.tied_to is not None):
             if isinstance(modules[token.path], nn.Embedding):
@@ -220,6 +228,31 @@ class AdaptedModel:
         """A copy of an adapter's tensors (the active one's), by their keys in PEFT's file."""
         return {key: tensor.detach().clone() for key, tensor in self._tensors(self._known(name)).items()}
 
+    def start(self, name: str) -> None:
+        """Lets the variants of an adapter whose factors have been filled in make what they need beside them."""
+        for slot in self._slots.values():
+            if isinstance(slot, LoraLinear) and name in slot.adapters:
+                slot.start(name)
+        self._refresh()
+
+    def portable(self, name: str | None = None) -> tuple[LoraConfig, Plan, dict[str, Tensor]]:
+        """An adapter (the active one) as what acts: plain factors as PEFT has them, of the ranks that this takes.
+
+        Returns:
+            The config and the plan of those factors, and a copy of the tensors by their keys in PEFT's file.
+        """
+        name = self._known(name)
+        config, plan = self.configs[name], self.plans[name]
+        tensors = {
+            f"{KEY_PREFIX}{path}.{end}": tensor.detach().clone()
+            for path, slot in self._slots.items()
+            for end, tensor in (slot.portable(name) if isinstance(slot, LoraLinear) else slot.tensors(name)).items()
+        }
+        ranks = {
+            t.path: len(tensors[f"{KEY_PREFIX}{t.path}.lora_A.weight"]) for t in plan.lora if t.kind != "embedding"
+        }
+        return *with_ranks(config, plan, ranks), tensors
+
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], name: str | None = None, *, where: str = "adapter state") -> None:
         """Fills an adapter (the active one) from :meth:`state` or a file, in place. All is checked before a write.
@@ -247,11 +280,17 @@ class AdaptedModel:
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
 
-    def save(self, folder: str | Path, name: str | None = None, extra: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        training_state: bool = False,
+    ) -> Path:
         """Writes an adapter (the active one) as :func:`veneer.adapters.save.save_adapter` does."""
         from veneer.adapters.save import save_adapter
 
-        return save_adapter(self, folder, name=name, extra=extra)
+        return save_adapter(self, folder, name=name, extra=extra, training_state=training_state)
 
     def remove(self, name: str) -> None:
         """Takes one adapter off. Layers without adapters are the base's own again."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from veneer import __version__
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
+from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
 from veneer.adapters.precision import Precision, precision_of
 from veneer.adapters.slots import base_modules
@@ -29,18 +30,25 @@ from veneer.errors import AdapterError, StorageError
 from veneer.files import atomic_folder, write_json
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
-_OURS = {CONFIG, WEIGHTS, RECORD, "README.md"}
+TRAINING = "training_state.safetensors"  # of a variant that trains other tensors than those that its file holds
+_OURS = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md"}
 
 _log = logging.getLogger("veneer.adapters")
 
 
 def save_adapter(
-    adapted: AdaptedModel, folder: str | Path, *, name: str | None = None, extra: Mapping[str, Any] | None = None
+    adapted: AdaptedModel,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    training_state: bool = False,
 ) -> Path:
     """Writes an adapter (the active one) as a folder that is whole or absent.
 
     Args:
         extra: JSON-able notes for ``veneer.json``, beside the base's identity and precision and Veneer's version.
+        training_state: also what training goes on from, where a variant trains other tensors than the file holds.
 
     Returns:
         The folder.
@@ -48,7 +56,10 @@ def save_adapter(
     Raises:
         AdapterError: no such adapter. StorageError: the folder holds something else, or cannot be written.
     """
-    tensors = {key: value.cpu().contiguous() for key, value in adapted.state(name).items()}
+    config, plan, tensors = adapted.portable(name)
+    tensors = _for_file(tensors)
+    own = _for_file(adapted.state(name)) if training_state else {}
+    is_same = own.keys() == tensors.keys() and all(own[key].shape == tensors[key].shape for key in own)
     target = Path(folder)
     if target.is_dir():
         strangers = sorted(set(os.listdir(target)) - _OURS)
@@ -60,10 +71,12 @@ def save_adapter(
     quantization = precision_of(adapted.base).to_dict()
     record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
     with atomic_folder(target) as temporary:
-        write_json(temporary / CONFIG, _file_config(adapted, name))
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        # safetensors creates its file for the owner alone, whatever the umask says.
-        os.chmod(temporary / WEIGHTS, (temporary / CONFIG).stat().st_mode & 0o777)
+        write_json(temporary / CONFIG, _file_config(adapted, config, plan))
+        for file, held in ((WEIGHTS, tensors), (TRAINING, {} if is_same else own)):
+            if held or file == WEIGHTS:
+                save_file(held, temporary / file, metadata={"format": "pt"})
+                # safetensors creates its file for the owner alone, whatever the umask says.
+                os.chmod(temporary / file, (temporary / CONFIG).stat().st_mode & 0o777)
         write_json(temporary / RECORD, record)
     return target
 
@@ -102,6 +115,7 @@ def load_adapter(
     before = adapted.active_names
     adapted.install(name, config, plan)
     try:
+        adapted.start(name)
         adapted.load_state(tensors, name, where=where)
         adapted.use(name)
     except BaseException:
@@ -136,11 +150,17 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
                 fix=f"convert it where you trust it: load it with PEFT and save it again, which writes {WEIGHTS}",
             )
         raise AdapterError("the weights are missing", where=str(path), fix="copy the whole adapter folder")
-    try:
-        return config, load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        fix = "the file is cut off or damaged: copy it again, or use another checkpoint"
-        raise AdapterError(f"cannot read the weights: {error}", where=str(path), fix=fix) from error
+    return config, {_key(key): tensor for key, tensor in _read_weights(path).items()}
+
+
+def read_training_state(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors that training goes on from: those of :func:`read_adapter` for most adapters.
+
+    Raises:
+        AdapterError: as :func:`read_adapter`.
+    """
+    path = Path(folder) / TRAINING
+    return _read_weights(path) if path.is_file() else read_adapter(folder)[1]
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -161,10 +181,26 @@ def recorded_precision(folder: str | Path) -> Precision | None:
     return Precision.from_dict(record["quantization"], where=str(Path(folder) / RECORD))
 
 
-def _file_config(adapted: AdaptedModel, name: str | None) -> dict[str, Any]:
-    name = name or adapted.active
-    assert name is not None  # state() has checked it
-    config, plan, module = adapted.configs[name], adapted.plans[name], adapted.module
+def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def _key(key: str) -> str:
+    """Some programs write DoRA's magnitude as the weight of a module, which it is inside PEFT."""
+    return key.removesuffix(".weight") if key.endswith(f"{MAGNITUDE}.weight") else key
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError, ValueError) as error:
+        fix = "the file is cut off or damaged: copy it again, or use another checkpoint"
+        raise AdapterError(f"cannot read the weights: {error}", where=str(path), fix=fix) from error
+
+
+def _file_config(adapted: AdaptedModel, config: LoraConfig, plan: Plan) -> dict[str, Any]:
+    module = adapted.module
     data = config.to_dict()
     if config.target_modules == ALL_LINEAR:
         # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant.

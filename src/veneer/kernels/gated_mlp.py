@@ -2,9 +2,10 @@
 
 ``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
 
-Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` and the rank-r rows; ``act(e)`` and the product are
-computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]`` tensors are kept than eager
-code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they read ``x`` once.
+Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (before their row scales) and the rank-r rows; ``act(e)``
+and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]`` tensors
+are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they read ``x``
+once.
 Names: ``T`` rows, ``d`` width, ``f`` hidden width, ``r`` rank.
 """
 
@@ -19,7 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veneer.kernels.frozen import Weight, add_matmul_grad, matmul_grad, matmul_weight
-from veneer.kernels.lora_linear import lora_linear_reference, low_rank_forward, low_rank_grads
+from veneer.kernels.lora_linear import (
+    lora_linear_reference,
+    low_rank_forward,
+    low_rank_grads,
+    row_scale_grads,
+    scale_rows,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -33,6 +40,7 @@ class LowRankLinear:
     A: Tensor  # [r, in] float32
     B: Tensor  # [out, r] float32
     scaling: float
+    row_scale: Tensor | None = None  # [out] float32
 
     @property
     def frozen(self) -> bool:
@@ -60,7 +68,7 @@ def gated_mlp_reference(
     """The operation in plain PyTorch; the oracle of :func:`gated_mlp`."""
 
     def linear(x: Tensor, p: LowRankLinear) -> Tensor:
-        return lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling)
+        return lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale)
 
     return linear(activation(act, linear(x, gate)) * linear(x, up), down)
 
@@ -78,7 +86,7 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
     """
     if not (gate.frozen and up.frozen and down.frozen):
         return gated_mlp_reference(x, gate, up, down, act)
-    flat = [t for p in (gate, up, down) for t in (p.weight, p.bias, p.A, p.B)]
+    flat = [t for p in (gate, up, down) for t in (p.weight, p.bias, p.A, p.B, p.row_scale)]
     result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
@@ -86,44 +94,55 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: str, scalings: tuple[float, float, float], *operands: Any) -> Tensor:
-        wg, bg, Ag, Bg, wu, bu, Au, Bu, wd, bd, Ad, Bd = operands
+        wg, bg, Ag, Bg, rg, wu, bu, Au, Bu, ru, wd, bd, Ad, Bd, rd = operands
         sg, su, sd = scalings
         ag, bbg, au, bbu, ad, bbd = (t.to(x.dtype) for t in (Ag, Bg, Au, Bu, Ad, Bd))
+        kg, ku, kd = (None if r is None else (r - 1).to(x.dtype) for r in (rg, ru, rd))
         flat = x.reshape(-1, x.shape[-1])
         stacked = torch.cat((ag, au))
         hh = flat @ stacked.t()
         hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
-        e = matmul_weight(flat, wg, bg).addmm_(hg, bbg.t(), alpha=sg)
-        g = matmul_weight(flat, wu, bu).addmm_(hu, bbu.t(), alpha=su)
-        m = activation(act, e).mul_(g)
-        y, hd = low_rank_forward(m, wd, bd, ad, bbd, sd)
-        ctx.save_for_backward(flat, e, g, hh, hd, stacked, bbg, bbu, ad, bbd)
-        ctx.weights = (wg, wu, wd)
+        e = matmul_weight(flat, wg, bg if kg is None else None).addmm_(hg, bbg.t(), alpha=sg)
+        g = matmul_weight(flat, wu, bu if ku is None else None).addmm_(hu, bbu.t(), alpha=su)
+        m = activation(act, scale_rows(e, kg, bg)).mul_(scale_rows(g, ku, bu))
+        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, sd)
+        y = scale_rows(u, kd, bd)
+        trains_a = any(ctx.needs_input_grad[i] for i in (5, 10))
+        kept = (flat if trains_a else None, e, g, hh, hd, stacked, bbg, bbu, ad, bbd)
+        ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
+        ctx.weights, ctx.biases = (wg, wu, wd), (bg, bu)
         ctx.act, ctx.scalings, ctx.dtypes = act, scalings, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e, g, hh, hd, stacked, bg, bu, ad, bd = ctx.saved_tensors
+        x, e0, g0, hh, hd, stacked, bg, bu, ad, bd, kg, ku, kd, u = ctx.saved_tensors
         wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
         rank = bg.shape[1]
         flat = dy.reshape(-1, dy.shape[-1])
+        flat, drd = row_scale_grads(flat, u, kd)
+        e, g = scale_rows(e0, kg, ctx.biases[0]), scale_rows(g0, ku, ctx.biases[1])
         a = activation(ctx.act, e)
         m = a * g
-        pd, dAd, dBd = low_rank_grads(flat, m, hd, bd, sd)
+        pd, dAd, dBd = low_rank_grads(flat, m if ctx.needs_input_grad[15] else None, hd, bd, sd)
         dm = matmul_grad(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
         dg = a.mul_(dm)
         de = _activation_grad(ctx.act, dm.mul_(g), e)
+        de, drg = row_scale_grads(de, e0, kg)
+        dg, dru = row_scale_grads(dg, g0, ku)
         # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
         pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
-        dAA = pp.t() @ x
+        dAA = None if x is None else pp.t() @ x
         dBg = (de.t() @ hh[:, :rank]).mul_(sg)
         dBu = (dg.t() @ hh[:, rank:]).mul_(su)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = add_matmul_grad(matmul_grad(de, wg), dg, wu).addmm_(pp, stacked).view(*dy.shape[:-1], x.shape[-1])
-        grads = (dAA[:rank], dBg, dAA[rank:], dBu, dAd, dBd)
-        gag, gbg, gau, gbu, gad, gbd = (t.to(dtype) for t, dtype in zip(grads, ctx.dtypes))
-        return dx, None, None, None, None, gag, gbg, None, None, gau, gbu, None, None, gad, gbd
+            dx = add_matmul_grad(matmul_grad(de, wg), dg, wu).addmm_(pp, stacked)
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+        dAg, dAu = (None, None) if dAA is None else (dAA[:rank], dAA[rank:])
+        grads = (dAg, dBg, dAu, dBu, dAd, dBd)
+        gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes))
+        gate, up, down = (None, None, gag, gbg, drg), (None, None, gau, gbu, dru), (None, None, gad, gbd, drd)
+        return dx, None, None, *gate, *up, *down

@@ -1,15 +1,16 @@
 """A frozen linear with a low-rank update, as one differentiable operation.
 
-``y = x W^T + b + s (x A^T) B^T``  (Hu et al. 2021, eq. 3)
+``y = g (x W^T + s (x A^T) B^T) + b``  (Hu et al. 2021, eq. 3; with a row scale g: Liu et al. 2024, eq. 5)
 
-The backward multiplies the small matrices first and never forms ``dW`` or ``B A``:
+The backward multiplies the small matrices first and never forms ``dW`` or ``B A``. With ``G = dY g``, one pass:
 
-    P  = dY B          [T, r]
+    P  = G B           [T, r]
     dA = s P^T x       [r, in]
-    dB = s dY^T h      [out, r]      with h = x A^T kept from the forward
-    dx = dY W + s P A  [T, in]
+    dB = s G^T h       [out, r]      with h = x A^T kept from the forward
+    dx = G W + s P A   [T, in]
+    dg = sum over T of dY u          with u = x W^T + s h B^T kept from the forward
 
-Kept for the backward: ``x`` once, in its own dtype, and ``h``.
+Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``u``.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank.
 """
 
@@ -26,15 +27,32 @@ from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
 
 
 def lora_linear_reference(
-    x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """The operation in plain PyTorch, differentiable in everything; the oracle of :func:`lora_linear`."""
     h = F.linear(x, A.to(x.dtype))
-    return F.linear(x, as_tensor(weight), bias) + scaling * F.linear(h, B.to(x.dtype))
+    y = F.linear(x, as_tensor(weight)) + scaling * F.linear(h, B.to(x.dtype))
+    if row_scale is not None:
+        y = y + (row_scale - 1).to(y.dtype) * y
+    return y if bias is None else y + bias
 
 
-def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """``x W^T + b + scaling (x A^T) B^T``.
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """``g (x W^T + scaling (x A^T) B^T) + b``.
 
     Args:
         x: ``[..., in]``, in the base's dtype.
@@ -43,13 +61,15 @@ def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Te
         A: ``[r, in]`` float32 master: cast to ``x``'s dtype for the products; its gradient comes back in float32.
         B: ``[out, r]`` float32 master, likewise.
         scaling: ``alpha / r``, or ``alpha / sqrt(r)``.
+        row_scale: ``g [out]`` float32, or None for ones. Its difference from 1 is what acts: near 1, 16 bits would lose
+            all but the first digits of it.
 
     Returns:
         ``[..., out]`` in ``x``'s dtype.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return lora_linear_reference(x, weight, bias, A, B, scaling)
-    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling)  # type: ignore[no-untyped-call]  # torch's own
+        return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale)
+    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -63,33 +83,64 @@ def low_rank_forward(
     return y, h
 
 
-def low_rank_grads(dy: Tensor, x: Tensor, h: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(P [T, r], dA [r, in], dB [out, r])`` for ``dy [T, out]``; ``P = dY B`` serves both dA and dx."""
+def low_rank_grads(
+    dy: Tensor, x: Tensor | None, h: Tensor, b: Tensor, s: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(P [T, r], dA [r, in], dB [out, r])`` for ``dy [T, out]``; ``P = dY B`` serves both dA and dx.
+
+    Without ``x`` there is no dA: A is frozen.
+    """
     p = dy @ b
-    return p, (p.t() @ x).mul_(s), (dy.t() @ h).mul_(s)
+    return p, None if x is None else (p.t() @ x).mul_(s), (dy.t() @ h).mul_(s)
+
+
+def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``g u + b [T, out]``, new, from ``less_one = g - 1`` in ``u``'s dtype; without a row scale ``u`` itself."""
+    if less_one is None:
+        return u
+    y = torch.addcmul(u, u, less_one)
+    return y if bias is None else y.add_(bias)
+
+
+def row_scale_grads(dy: Tensor, u: Tensor | None, less_one: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``(dY g [T, out], dg [out] float32)`` of ``y = g u + b``; without a row scale ``(dY, None)``."""
+    if less_one is None or u is None:
+        return dy, None
+    return torch.addcmul(dy, dy, less_one), (dy * u).sum(0).to(torch.promote_types(dy.dtype, torch.float32))
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        row_scale: Tensor | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
-        y, h = low_rank_forward(flat, weight, bias, a, b, scaling)
-        ctx.save_for_backward(flat, h, a, b)
+        less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
+        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, a, b, scaling)
+        y = scale_rows(u, less_one, bias)
+        kept_x, kept_u = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
+        ctx.save_for_backward(kept_x, h, a, b, less_one, kept_u)
         ctx.weight, ctx.scaling, ctx.dtypes = weight, scaling, (A.dtype, B.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, b = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
+        x, h, a, b, less_one, u = ctx.saved_tensors
+        flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), u, less_one)
         p, da, db = low_rank_grads(flat, x, h, b, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_grad(flat, ctx.weight)
             dx.addmm_(p, a, alpha=ctx.scaling)
-            dx = dx.view(*dy.shape[:-1], x.shape[-1])
-        return dx, None, None, da.to(ctx.dtypes[0]), db.to(ctx.dtypes[1]), None
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+        da = None if da is None else da.to(ctx.dtypes[0])
+        return dx, None, None, da, db.to(ctx.dtypes[1]), None, dg

@@ -62,7 +62,8 @@ def _low_rank(layer: nn.Module, x: Tensor) -> LowRankLinear | None:
     factors = layer.active_factors()
     if len(factors) != 1 or factors[0].dropout:
         return None
-    return LowRankLinear(layer.weight, layer.bias, factors[0].A, factors[0].B, factors[0].scaling)
+    only = factors[0]
+    return LowRankLinear(layer.weight, layer.bias, only.A, only.B, only.scaling, only.row_scale)
 
 
 @dataclass

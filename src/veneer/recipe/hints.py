@@ -156,7 +156,6 @@ NEEDLESS = {
     "flash_attention": "attention is chosen by device; remove the key",
     "flash_attn": "attention is chosen by device; remove the key",
     "attn_implementation": "attention is chosen by device; remove the key",
-    "use_dora": "DoRA is not available yet; remove the key",
     "per_device_eval_batch_size": "evaluation sizes its own batches; remove the key",
     "remove_unused_columns": "unused columns are ignored, and said; remove the key",
     "dataloader_num_workers": "rows are rendered once, before training; remove the key",

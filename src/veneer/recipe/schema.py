@@ -98,8 +98,29 @@ class AdapterRecipe(Section):
     )
     alpha_pattern: dict[str, Positive] = Field(default={}, description="another lora_alpha, likewise")
     use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead")
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
-        default=True, description="true (Kaiming), gaussian, orthogonal; false starts from a random update (for tests)"
+    use_dora: bool = Field(default=False, description="train the size of each weight row apart from its direction")
+    use_lora_fa: bool = Field(default=False, description="train B alone; A stays as it starts")
+    init_lora_weights: bool | Text = Field(
+        default=True,
+        description="true (Kaiming), gaussian, orthogonal; from the weights pissa, pissa_niter_N, olora, loftq; "
+        "from training rows eva, lora_ga; false starts from a random update (for tests)",
+    )
+    loftq_config: dict[str, int] | None = Field(default=None, description="loftq_iter, of init_lora_weights: loftq")
+    eva_config: dict[str, bool | int | float] | None = Field(
+        default=None, description="rho, tau, rows, adjust_scaling_factors, of init_lora_weights: eva"
+    )
+    lora_ga_config: dict[str, int | str] | None = Field(
+        default=None, description="direction, scale, stable_gamma, rows, of init_lora_weights: lora_ga"
+    )
+    adalora_config: dict[str, int | float] | None = Field(
+        default=None,
+        description="AdaLoRA, from r to target_r: target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight",
+    )
+    target_parameters: list[Text] | None = Field(
+        default=None, description="parameters that hold stacked experts, by the ends of their paths"
+    )
+    experts: Text | list[Token] = Field(
+        default="none", description="routed experts that are adapted: none, all, top-K by use on training rows, a list"
     )
     modules_to_save: list[Text] | None = Field(default=None, description="modules that are trained and saved whole")
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(

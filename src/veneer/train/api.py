@@ -45,11 +45,12 @@ def train_recipe(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
+    config = LoraConfig(**settings)  # before anything that takes long
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
         recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
-        settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
-        adapted = attach(base, LoraConfig(**settings), seed=recipe.train.seed)
+        adapted = attach(base, config, seed=recipe.train.seed)
         session = Session(adapted, base, recipe, rows, held_out, world, progress)
         return session.run(resume=resume, overwrite=overwrite)
 
@@ -131,7 +132,7 @@ def _recipe_of(
             )
         values[known[key]][key] = value
     assert model.active is not None
-    config = model.configs[model.active].to_dict()
+    config = model.configs[model.active].settings()
     adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
     dtype = str(base.dtype).removeprefix("torch.")
     stored = {"scheme": "none"} if base.quantized is None else base.quantized.record()

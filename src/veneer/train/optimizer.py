@@ -175,6 +175,9 @@ class FlatAdamW:
     def step(self, learning_rate: float) -> None:
         """One AdamW update with the gradient that :meth:`finish_gradient` left."""
         self._optimizer.step(learning_rate)
+        # The parameters are views whose own version counters do not see it; what is cached of them goes by those.
+        for parameter in self.parameters:
+            torch.autograd.graph.increment_version(parameter)
 
     def nonzero_gradients(self) -> list[bool]:
         """For each parameter, whether its gradient has a non-zero entry."""

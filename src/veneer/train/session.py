@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters import AdaptedModel
-from veneer.adapters.save import read_adapter
+from veneer.adapters.save import read_training_state
 from veneer.data.conversation import Rows
 from veneer.data.dataset import TokenDataset
 from veneer.data.pack import pad_id_of
@@ -144,7 +144,7 @@ class Session:
                 recorder=record,
                 stop=stop,
                 checkpoints=self.folder.checkpoints,
-                save_adapter=lambda target: adapted.save(target, extra={"step": state.step}),
+                save_adapter=lambda target: adapted.save(target, extra={"step": state.step}, training_state=True),
                 evaluate=self._evaluate if self.held_out is not None else None,
             )
             self.progress.start(self.plan.total_steps, state.step, self.folder.path.name)
@@ -290,7 +290,7 @@ class Session:
         if not path:
             return TrainerState()
         checkpoint = open_checkpoint(Path(path), optimizer.layout)
-        self.adapted.load_state(read_adapter(checkpoint.adapter)[1], where=str(checkpoint.adapter))
+        self.adapted.load_state(read_training_state(checkpoint.adapter), where=str(checkpoint.adapter))
         optimizer.load_state(checkpoint.optimizer)
         set_rng_state(checkpoint.rng)
         return TrainerState.from_dict(checkpoint.state)
@@ -341,7 +341,7 @@ class Session:
             path = checkpoint_path(self.folder.checkpoints, state.best_step)
             reason = defect(path)
             if reason is None:
-                self.adapted.load_state(read_adapter(path / "adapter")[1], where=str(path))
+                self.adapted.load_state(read_training_state(path / "adapter"), where=str(path))
                 step = state.best_step
             else:
                 record.message(

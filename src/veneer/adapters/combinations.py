@@ -1,0 +1,91 @@
+"""Which settings of an adapter go together. One that makes no sense is refused by its reason, before anything long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from veneer.adapters.settings import AdaLoraConfig
+from veneer.errors import AdapterError
+from veneer.quant import QuantizedLinear
+
+if TYPE_CHECKING:
+    from veneer.adapters.config import LoraConfig
+    from veneer.adapters.targets import Plan
+
+
+def check_combination(config: LoraConfig) -> None:
+    """Raises where two settings of ``config`` exclude each other.
+
+    Raises:
+        AdapterError: names both settings and the reason.
+    """
+    init = str(config.init_lora_weights)
+    adalora = config.adalora_config
+    assert adalora is None or isinstance(adalora, AdaLoraConfig)  # the config has made a section of it
+    if adalora is not None:
+        why = "AdaLoRA trains a singular value for every direction and starts all of them at zero"
+        if config.init_lora_weights is not True:
+            raise _apart("adalora_config", f"init_lora_weights: {init}", why)
+        if config.use_dora:
+            raise _apart("adalora_config", "use_dora", "AdaLoRA drops directions, and DoRA's norm would jump with each")
+        if config.use_lora_fa:
+            raise _apart(
+                "adalora_config", "use_lora_fa", "AdaLoRA ranks directions by how A moves, and A would be frozen"
+            )
+        if adalora.target_r > config.r:
+            raise AdapterError(
+                f"AdaLoRA cannot go from rank {config.r} up to {adalora.target_r}",
+                where="LoraConfig.adalora_config.target_r",
+                fix="give r, the rank that all modules start with, a larger value: 1.5 times target_r is usual",
+            )
+    for section, name in (("loftq_config", "loftq"), ("eva_config", "eva"), ("lora_ga_config", "lora_ga")):
+        if getattr(config, section) is not None and init != name:
+            raise AdapterError(
+                f"{section} is given, but the adapter starts with init_lora_weights {init}",
+                where=f"LoraConfig.{section}",
+                fix=f"set init_lora_weights: {name}, or remove {section}",
+            )
+    if config.use_lora_fa and init == "lora_ga":
+        raise _apart(
+            "use_lora_fa", "init_lora_weights: lora_ga", "LoRA-GA aligns the first step of A, which never moves"
+        )
+
+
+def _apart(one: str, other: str, why: str) -> AdapterError:
+    return AdapterError(f"{one} and {other} do not go together: {why}", where=f"LoraConfig.{one}", fix="remove one")
+
+
+def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    """Raises where a variant cannot act on a module of the plan, before the module is touched.
+
+    Args:
+        modules: the base's modules by path.
+
+    Raises:
+        AdapterError: names the module, the reason and the way out.
+    """
+    for target in plan.lora:
+        layer: Any = modules[target.path]
+        smaller = min(layer.weight.shape)
+        if target.r > smaller:
+            raise AdapterError(
+                f"rank {target.r} is larger than this matrix, {' x '.join(map(str, layer.weight.shape))}: "
+                f"no update of it has more than {smaller}",
+                where=target.path,
+                fix=f"give r: {smaller} or less, or rank_pattern for this module",
+            )
+        if target.kind == "embedding" and config.use_dora:
+            raise AdapterError(
+                "DoRA scales the rows of a weight, and an embedding's rows are its tokens",
+                where=target.path,
+                fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
+            )
+        if config.init_lora_weights == "loftq" and not isinstance(layer, QuantizedLinear):
+            raise AdapterError(
+                "LoftQ starts from what the codes of a quantised weight lose, and this weight is not quantised",
+                where=target.path,
+                fix="load the base with quantize: nf4, or start with init_lora_weights: pissa",
+            )

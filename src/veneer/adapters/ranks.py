@@ -1,0 +1,51 @@
+"""A config that says which rank every module has: common ones as ``r``, the others by pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from veneer.adapters.config import LoraConfig
+from veneer.adapters.targets import LoraTarget, Plan, pattern_for
+
+
+def said_rank(config: LoraConfig, path: str) -> int:
+    """The rank that the config itself gives a module."""
+    key = pattern_for(config.rank_pattern, path)
+    return config.r if key is None else config.rank_pattern[key]
+
+
+def with_ranks(config: LoraConfig, plan: Plan, ranks: Mapping[str, int]) -> tuple[LoraConfig, Plan]:
+    """The config and plan of the same adapter with other ranks and the scaling that it has.
+
+    Args:
+        ranks: the new rank by path; a module that is not in it keeps its own.
+
+    Returns:
+        ``config`` and ``plan`` themselves where the config says these ranks already.
+    """
+    if all(ranks.get(target.path, target.r) == target.r == said_rank(config, target.path) for target in plan.lora):
+        return config, plan
+    targets: list[LoraTarget] = []
+    for target in plan.lora:
+        r = ranks.get(target.path, target.r)
+        ratio = math.sqrt(r / target.r) if config.use_rslora else r / target.r
+        targets.append(dataclasses.replace(target, r=r, lora_alpha=target.lora_alpha * ratio))
+    usual_r = Counter(target.r for target in targets).most_common(1)[0][0]
+    usual_alpha = Counter(target.lora_alpha for target in targets).most_common(1)[0][0]
+    changed = dataclasses.replace(
+        config,
+        r=usual_r,
+        lora_alpha=usual_alpha,
+        rank_pattern={re.escape(t.path): t.r for t in targets if t.r != usual_r},
+        alpha_pattern={re.escape(t.path): t.lora_alpha for t in targets if t.lora_alpha != usual_alpha},
+        init_lora_weights=True,
+        adalora_config=None,
+        loftq_config=None,
+        eva_config=None,
+        lora_ga_config=None,
+    )
+    return changed, dataclasses.replace(plan, lora=tuple(targets))
