@@ -15,7 +15,9 @@ from typing import Any
 
 from veneer.data.conversation import Conversation, Rows
 from veneer.data.files_in import READERS, RawRow, without_nulls
-from veneer.data.shapes import recognise
+from veneer.data.labelled import FORMAT as LABELLED
+from veneer.data.labelled import LabelledShape, recognise_labelled
+from veneer.data.shapes import Shape, recognise
 from veneer.errors import DataError, UsageError, did_you_mean, nearest
 from veneer.files import sha256_file, storage_errors
 
@@ -53,7 +55,8 @@ def read(
     Args:
         source: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md), a folder of them, a hub dataset ("org/name", or
             "org/name:config"), a list of dicts, or a list of files.
-        format: "auto", "messages", "sharegpt", "alpaca", "prompt-completion" or "text".
+        format: "auto", "messages", "sharegpt", "alpaca", "prompt-completion" or "text"; "labelled" for texts with a
+            class each, which auto never guesses.
         columns: Veneer's field names to the source's columns, such as ``{"prompt": "question", "completion":
             "answer"}``.
         split: which split of a hub dataset, or of a folder with files named after splits.
@@ -72,15 +75,18 @@ def read(
     if first is None:
         raise DataError("there are no rows", where=opened.name, fix="give a file with at least one row")
     _check_object(first)
-    shape = recognise([str(key) for key in first.value], opened.name, format, columns)
+    present = [str(key) for key in first.value]
+    shape: Shape | LabelledShape
+    if format == LABELLED:
+        shape = recognise_labelled(present, opened.name, columns)
+    else:
+        shape = recognise(present, opened.name, format, columns)
     conversations: list[Conversation] = []
     for row in itertools.chain([first], rows):
         _check_object(row)
         conversations.append(shape.convert(row.value, row.row_id, row.where))
     note = f" ({opened.note})" if opened.note else ""
-    description = (
-        f"{opened.name}: {_count(len(conversations))}{note}, {shape.describe([str(key) for key in first.value])}"
-    )
+    description = f"{opened.name}: {_count(len(conversations))}{note}, {shape.describe(present)}"
     return Rows(conversations, shape.format, opened.name, description, opened.files)
 
 

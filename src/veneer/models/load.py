@@ -17,9 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-from veneer.errors import ModelError, did_you_mean
+from veneer.errors import ModelError, UsageError, did_you_mean
+from veneer.models.classifier import load_classifier_module
 from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
 from veneer.models.identity import BaseIdentity, cached_sha256, hash_files, hash_template, hash_tokenizer_files
@@ -43,6 +47,8 @@ class Base:
     spec: str  # as it was asked for
     fused: Fused = field(default_factory=Fused)  # which blocks run as fused operations
     quantized: Quantized | None = None  # which weights are in codes, measured
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+    head: tuple[str, ...] = ()  # of a classifier: the modules that an adapter has to train and save whole
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +84,8 @@ def load_base(
     skip: Sequence[str] = (),
     progress: Progress | None = None,
     memory_check: bool = True,
+    labels: Sequence[str] | None = None,
+    head_seed: int = 0,
 ) -> Base:
     """Loads a base model, frozen and in eval mode, with its recognised blocks swapped for fused ones.
 
@@ -94,6 +102,9 @@ def load_base(
         skip: what keeps 16 bits: names of modules (``down_proj``, ``layers.0``) or regular expressions for whole paths.
         progress: is called with the tensors read so far, those in all, and the name of the next one; with ``quantize``.
         memory_check: refuse a quantised load that would not fit into the memory that is free.
+        labels: names of classes: the model gets a head that tells them apart (``Base.head``, to be trained whole), in
+            place of the one that continues text. Encoders can be loaded in this way alone.
+        head_seed: of that head's start.
 
     Raises:
         ModelError: there is no such model, or its files are missing, damaged or not understood; memory does not
@@ -107,12 +118,22 @@ def load_base(
     wanted = chosen_config(quantize, where, skip)
     source = find(spec, revision, trust_remote_code)
     folder = source.folder or gguf_folder(source.gguf_file(), kind)
-    config, declared = _read_config(folder, trust_remote_code, wanted, skip)
+    config, declared = _read_config(folder, trust_remote_code, wanted, skip, classifier=labels is not None)
+    tokenizer = _read_tokenizer(folder, trust_remote_code)
     files = weight_files(folder)
     if declared is None:
         refuse_codes(files)
-    quantized = None
-    if wanted or declared:
+    quantized: Quantized | None = None
+    head: tuple[str, ...] = ()
+    if labels is not None:
+        if wanted or declared:
+            raise UsageError("a classifier's base cannot be in codes yet", where=str(spec), fix="use quantize: none")
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        module, head = load_classifier_module(
+            folder, config, kind, labels, pad_id, seed=head_seed, trust_remote_code=trust_remote_code
+        )
+        module = module.to(where)
+    elif wanted or declared:
         module, quantized = load_quantized(
             folder,
             files,
@@ -131,7 +152,6 @@ def load_base(
     module.requires_grad_(False)
     module.eval()
     check_finite([*module.named_parameters(), *module.named_buffers()], str(folder))
-    tokenizer = _read_tokenizer(folder, trust_remote_code)
     _check_vocabulary(module, tokenizer, folder)
     identity = BaseIdentity(
         name=source.name,
@@ -141,7 +161,7 @@ def load_base(
         template_hash=hash_template(tokenizer.chat_template),
     )
     fused = fuse(module)
-    return Base(module=module, tokenizer=tokenizer, identity=identity, spec=str(spec), fused=fused, quantized=quantized)
+    return Base(module, tokenizer, identity, str(spec), fused, quantized, tuple(labels or ()), head)
 
 
 def load_tokenizer(
@@ -233,7 +253,7 @@ def _no_weights(folder: Path) -> ModelError:
 
 
 def _read_config(
-    folder: Path, trust_remote_code: bool, wanted: QuantConfig | None, skip: Sequence[str]
+    folder: Path, trust_remote_code: bool, wanted: QuantConfig | None, skip: Sequence[str], *, classifier: bool
 ) -> tuple[Any, QuantConfig | None]:
     """The model's configuration, and the codes that its weights are stored in already, if they are.
 
@@ -253,7 +273,8 @@ def _read_config(
         raise ModelError(f"config.json is not JSON: {error}", where=str(path), fix="fetch it again") from error
     except KeyError as error:
         raise ModelError("config.json has no model_type", where=str(path), fix="fetch it again") from error
-    own_code = "auto_map" in values and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if classifier else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own_code = "auto_map" in values and model_type not in known
     if own_code and not trust_remote_code:
         raise ModelError(
             f"the model '{model_type}' brings code of its own, which is not run unless you say so",
@@ -266,11 +287,19 @@ def _read_config(
             where=str(path),
             fix=did_you_mean(model_type, CONFIG_MAPPING_NAMES) or "a newer version of transformers may know it",
         )
-    if not own_code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not own_code and model_type not in known and classifier:
+        raise ModelError(
+            f"transformers has no classifier on a model of type '{model_type}'",
+            where=str(path),
+            fix="use an encoder such as BERT or ModernBERT, or a decoder such as smollm2-135m",
+        )
+    if not own_code and model_type not in known:
+        encoder = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
         raise ModelError(
             f"a model of type '{model_type}' is not a causal language model",
             where=str(path),
-            fix="use a model that continues text, such as smollm2-135m",
+            fix="use a model that continues text, such as smollm2-135m"
+            + (", or task: classification, which this one is made for" if encoder else ""),
         )
     declared = declared_config(values, path, wanted, skip)
     try:
