@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from veneer.adapters.slots import base_modules
-from veneer.adapters.targets import Plan, kind_of
+from veneer.adapters.structure import is_product, left_out
+from veneer.adapters.targets import Plan, inside
 from veneer.quant import QuantizedLinear
 
 
@@ -31,6 +33,7 @@ class Coverage:
     rows: tuple[CoverageRow, ...]
     base_parameters: int
     unmatched: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what all-linear does not choose and the adapter does not change: a line for each
 
     @property
     def parameters(self) -> int:
@@ -50,6 +53,7 @@ class Coverage:
         ]
         share = 100 * self.parameters / max(self.base_parameters, 1)
         lines.append(f"{self.parameters:,} trained parameters, {share:.2f} % of the base's {self.base_parameters:,}")
+        lines += [f"not adapted: {entry}" for entry in self.left_out]
         lines += [f"note: {entry}" for entry in self.unmatched]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -67,7 +71,7 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
         how[path] = ("whole", sum(p.numel() for p in modules[path].parameters()))
     groups: dict[tuple[str, str], list[str]] = {}
     for path, module in modules.items():
-        if path in how or kind_of(module) in ("linear", "conv1d"):
+        if path in how or is_product(module):
             groups.setdefault((_family(path), type(module).__name__), []).append(path)
     table = tuple(
         CoverageRow(
@@ -83,7 +87,21 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
     held = {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}
     in_codes = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLinear))
     base_parameters = sum(held.values()) + in_codes
-    return Coverage(table, base_parameters, plan.unmatched)
+    return Coverage(table, base_parameters, plan.unmatched, _left_out(modules, how))
+
+
+def _left_out(modules: Mapping[str, nn.Module], trained: Collection[str]) -> tuple[str, ...]:
+    """One line for each family of what is left alone: what it is, how many, of which shapes, and how to have it."""
+    families: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
+    for part in left_out(modules).values():
+        if not inside(part.path, trained):
+            families.setdefault((part.family, part.why, part.how), []).append(part.shape)
+    lines = []
+    for (name, why, how), shapes in families.items():
+        different = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        size = f"{len(shapes)} x {different}" if len(set(shapes)) <= 2 else f"{len(shapes)} matrices"
+        lines.append(f"{name} ({size}): {why}" + (f"; {how}" if how else ""))
+    return tuple(lines)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

@@ -6,19 +6,18 @@ nothing is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import nn
 
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.slots import SLOTS, base_modules
+from veneer.adapters.structure import Kind, LeftOut, is_product, kind_of, left_out
+from veneer.adapters.structure import output_heads as output_heads
 from veneer.errors import AdapterError, did_you_mean
-from veneer.quant import QuantizedLinear
-
-Kind = Literal["linear", "conv1d", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,6 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
     return Plan(lora, tokens, saved, tuple(unmatched))
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """How ``module`` is adapted, or None where it cannot be."""
-    weight: Any = getattr(module, "weight", None)
-    if weight is None or getattr(weight, "ndim", 0) != 2 or not weight.dtype.is_floating_point:
-        return None
-    if isinstance(module, nn.Embedding):
-        # A subclass may do more than look up rows; Gemma's factor on the output is known, anything else is not.
-        known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return "embedding" if known else None
-    if isinstance(module, nn.Linear | QuantizedLinear):
-        return "linear" if tuple(weight.shape) == (module.out_features, module.in_features) else None
-    # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
-    is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]
-    return "conv1d" if is_conv1d else None
-
-
 def name_matches(pattern: str | Sequence[str], path: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
     if isinstance(pattern, str):
@@ -112,22 +95,6 @@ def target_matches(config: LoraConfig, target_modules: str | Sequence[str], path
 def pattern_for(patterns: Iterable[str], path: str) -> str | None:
     """The first key of ``rank_pattern`` or ``alpha_pattern`` that decides for ``path``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
-def output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of the output heads: what the model says, and every linear whose weight is an embedding's."""
-    heads: set[int] = set()
-    for module in modules.values():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        if isinstance(head, nn.Module):
-            heads.add(id(head.base_layer if isinstance(head, SLOTS) else head))
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    return {
-        path
-        for path, module in modules.items()
-        if id(module) in heads or (isinstance(module, nn.Linear) and id(module.weight) in embeddings)
-    }
 
 
 def compact_targets(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str]:
@@ -195,19 +162,13 @@ def _resolve_lora(
     saved: tuple[str, ...],
     miss: Callable[[AdapterError], None],
 ) -> tuple[LoraTarget, ...]:
-    in_attention = {
-        f"{path}.{name}" if path else name
-        for path, module in modules.items()
-        if isinstance(module, nn.MultiheadAttention)
-        for name in module._modules
-    }
     free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
     if config.target_modules == ALL_LINEAR:
-        skipped = output_heads(modules) | in_attention
+        skipped = left_out(modules)
         chosen = [
             path
             for path, module in free.items()
-            if kind_of(module) in ("linear", "conv1d")
+            if is_product(module)
             and path not in skipped
             and not (config.exclude_modules and name_matches(config.exclude_modules, path))
             and _layer_matches(config, path)
@@ -218,14 +179,7 @@ def _resolve_lora(
         chosen = [path for path in free if target_matches(config, config.target_modules, path)]
         _report_unmatched_targets(modules, config, chosen, miss)
     for path in chosen:
-        if path in in_attention:
-            raise AdapterError(
-                "nn.MultiheadAttention reads this layer's weight without calling it: an adapter would do nothing",
-                where=path,
-                fix="leave it out, or exclude it with exclude_modules",
-            )
-        if kind_of(modules[path]) is None:
-            raise _not_adaptable(path, modules)
+        _check_adaptable(path, modules)
     _report_unmatched_filters(modules, config, chosen, miss)
     return tuple(_target(path, modules[path], config) for path in chosen)
 
@@ -236,6 +190,10 @@ def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
     assert kind is not None
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
     alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+    smaller = min(module.weight.shape)  # type: ignore[type-var]  # kind_of has seen that it is a matrix
+    if config.target_modules == ALL_LINEAR and rank_key is None and r > smaller:
+        # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as the others.
+        alpha, r = alpha * (math.sqrt(smaller / r) if config.use_rslora else smaller / r), smaller
     return LoraTarget(path, kind, r, alpha)
 
 
@@ -414,10 +372,29 @@ def adaptable_names(modules: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if path and kind_of(module)))
 
 
+def _check_adaptable(path: str, modules: Mapping[str, nn.Module]) -> None:
+    module, owner = modules[path], modules.get(path.rpartition(".")[0])
+    if kind_of(module) is None:
+        raise _not_adaptable(path, modules)
+    if isinstance(owner, nn.MultiheadAttention):
+        raise AdapterError(
+            "nn.MultiheadAttention reads this layer's weight without calling it: an adapter would do nothing",
+            where=path,
+            fix="leave it out, or exclude it with exclude_modules",
+        )
+
+
 def _not_adaptable(path: str, modules: Mapping[str, nn.Module]) -> AdapterError:
-    children = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
-    names = adaptable_names(children)
-    fix = (
-        f"name its layers: {', '.join(names)}" if names else "only linear layers, Conv1D and embeddings can be adapted"
+    inner = {p: m for p, m in modules.items() if p.startswith(f"{path}.")}
+    beside = {p: m for p, m in modules.items() if p.rpartition(".")[0] == path.rpartition(".")[0]}
+    known: LeftOut | None = left_out(modules).get(path)
+    what = f"a {type(modules[path]).__name__} cannot be adapted" + (f": it is {known.why}" if known else "")
+    if names := adaptable_names(inner):
+        fix = f"name its layers: {', '.join(names)}"
+    elif names := adaptable_names(beside):
+        fix = f"the layers beside it that can be adapted are {', '.join(names)}"
+    else:
+        fix = "only linear layers, Conv1D and embeddings can be adapted"
+    return AdapterError(
+        what, where=path, fix=fix + (f"; or train it whole with {known.how}" if known and known.how else "")
     )
-    return AdapterError(f"a {type(modules[path]).__name__} cannot be adapted", where=path, fix=fix)

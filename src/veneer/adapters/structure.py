@@ -1,0 +1,201 @@
+"""What the parts of a model are, told from their structure and names, and so what ``all-linear`` means.
+
+``all-linear`` is every layer that is a product with a matrix, less these:
+
+1. **heads**: the output head, a linear that reads an embedding's matrix, and all that stands outside of the model's
+   body (``score``, ``classifier``, ``qa_outputs``);
+2. **other towers**: of a model that reads images or sound too, all but the language model;
+3. **routed experts**: what stands in a list called ``experts``, as where they are one stacked parameter;
+4. **layers of torch's attention**: it reads their weight and never calls them, so that an adapter would do nothing.
+
+What is no layer of its own is never chosen: stacked experts, the matrix of a router, a convolution, the parameters of a
+recurrence (``A_log``, ``D``, ``dt_bias``). :func:`left_out` names all of it with the reason. There is no table of
+architectures here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from veneer.adapters.slots import SLOTS
+from veneer.quant import QuantizedLinear
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROUTERS = ("gate", "router")
+_DECAY = ("A_log", "time_decay")  # a module that has one of these carries a state from token to token
+_NAMED = "name it in target_modules"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One matrix (or parameter of a recurrence) that ``all-linear`` does not adapt."""
+
+    path: str  # of the layer, or of the parameter where its owner is no layer
+    family: str  # what it is one of
+    shape: tuple[int, ...]
+    why: str
+    how: str  # to have it trained all the same; "" where it cannot be
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How ``module`` is adapted, or None where it cannot be."""
+    weight: Any = getattr(module, "weight", None)
+    if weight is None or getattr(weight, "ndim", 0) != 2 or not weight.dtype.is_floating_point:
+        return None
+    if isinstance(module, nn.Embedding):
+        # A subclass may do more than look up rows; Gemma's factor on the output is known, anything else is not.
+        known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if known else None
+    if isinstance(module, nn.Linear | QuantizedLinear):
+        return "linear" if tuple(weight.shape) == (module.out_features, module.in_features) else None
+    # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
+    is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]
+    return "conv1d" if is_conv1d else None
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input with a matrix: what ``all-linear`` chooses from."""
+    return kind_of(module) in ("linear", "conv1d")
+
+
+def left_out(modules: Mapping[str, nn.Module]) -> dict[str, LeftOut]:
+    """What ``all-linear`` leaves alone, by path, in the order of the model; norms, biases and embeddings apart.
+
+    Args:
+        modules: a base's modules by path, the root under ``""`` (:func:`veneer.adapters.slots.base_modules`).
+    """
+    heads, body, tower = output_heads(modules), _body(modules), language_tower(modules)
+    found: dict[str, LeftOut] = {}
+    for path, module in modules.items():
+        owner = modules.get(path.rpartition(".")[0])
+        reasons = (
+            (path in heads or not _within(path, body), "a head", f"{_NAMED} or in modules_to_save"),
+            (not _within(path, tower), f"outside of the language model {tower}", _NAMED),
+            (re.search(r"(^|\.)experts\.\d+(\.|$)", path), "a routed expert", _NAMED),
+            (isinstance(owner, nn.MultiheadAttention), "read by nn.MultiheadAttention without being called", ""),
+        )
+        why, how = next(((why, how) for applies, why, how in reasons if applies), ("", ""))
+        outside = why == reasons[1][1]
+        parts = [_part(path, module.weight, why, how)] if is_product(module) and why else []
+        if not is_product(module):
+            parts = list(_bare_parts(path, module))
+        for part in parts:
+            if outside:  # one line for the whole tower
+                top = ".".join(path.split(".")[: tower.count(".") + 1])
+                part = replace(part, family=top, why=why, how=how)
+            found[part.path] = part
+    return found
+
+
+def _part(path: str, weight: Any, why: str, how: str) -> LeftOut:
+    parent, _, last = path.rpartition(".")
+    family = f"{parent.rpartition('.')[2]}.*".lstrip(".") if last.isdigit() else last
+    return LeftOut(path, family, tuple(weight.shape), why, how)
+
+
+def is_read(owner: nn.Module, name: str) -> bool:
+    """Whether ``owner`` takes the weight of its layer ``name`` and multiplies by itself instead of calling the layer.
+
+    The state spaces of the first Mamba do, with the projection of their time step: the scan adds its bias.
+    """
+    return name == "dt_proj" and carries_state(owner)
+
+
+def carries_state(module: nn.Module) -> bool:
+    """Whether ``module`` itself hands a state from token to token: a recurrence, or a convolution along the tokens."""
+    along = [child for child in module._modules.values() if isinstance(child, nn.Conv1d)]
+    depthwise = any(conv.groups == conv.in_channels > 1 and conv.kernel_size != (1,) for conv in along)
+    return isinstance(module, nn.RNNBase) or depthwise or any(name in module._parameters for name in _DECAY)
+
+
+def recurrent_parts(root: nn.Module) -> list[str]:
+    """Paths of the parts that carry a state from token to token other than by attention.
+
+    Rows that lie one after another are not apart for them: the end of one row would be the past of the next.
+    """
+    return [path for path, module in root.named_modules() if carries_state(module)]
+
+
+def output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the output heads: what the model says, and every linear whose weight is an embedding's."""
+    heads: set[int] = set()
+    for module in modules.values():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            heads.add(id(head.base_layer if isinstance(head, SLOTS) else head))
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    return {
+        path
+        for path, module in modules.items()
+        if id(module) in heads or (isinstance(module, nn.Linear) and id(module.weight) in embeddings)
+    }
+
+
+def language_tower(modules: Mapping[str, nn.Module]) -> str:
+    """The part that is the language model: the lowest one with both the token embedding and the stack of layers.
+
+    An encoder-decoder has two stacks. ``""``, the whole model, where there is no token embedding or no stack.
+    """
+    root = modules[""]
+    getter = getattr(root, "get_input_embeddings", None)
+    try:
+        tokens = getter() if callable(getter) else None
+    except NotImplementedError:  # transformers' way to say that there is none
+        tokens = None
+    tokens = tokens.base_layer if isinstance(tokens, SLOTS) else tokens
+    path = next((path for path, module in modules.items() if module is tokens), "")
+    wanted = 2 if getattr(getattr(root, "config", None), "is_encoder_decoder", False) else 1
+    while path:
+        path = path.rpartition(".")[0]
+        if _stacks(modules, path) >= wanted:
+            break
+    return path
+
+
+def _stacks(modules: Mapping[str, nn.Module], tower: str) -> int:
+    """How many lists of layers ``tower`` has; a list within a list is a part of it."""
+    lists = [p for p, m in modules.items() if isinstance(m, nn.ModuleList) and _within(p, tower)]
+    outermost = [p for p in lists if not any(p != other and _within(p, other) for other in lists)]
+    return sum(any(is_product(m) for q, m in modules.items() if _within(q, p)) for p in outermost)
+
+
+def _body(modules: Mapping[str, nn.Module]) -> str:
+    """The model without its heads, by the name that transformers' models give it; ``""`` where there is none."""
+    name = getattr(modules[""], "base_model_prefix", "")
+    return name if name in modules else ""
+
+
+def _bare_parts(path: str, module: nn.Module) -> Iterator[LeftOut]:
+    """The matrices that ``module`` holds itself, being no layer that can be adapted."""
+    own: dict[str, Any] = {name: p for name, p in module._parameters.items() if p is not None}
+    if not own and getattr(getattr(module, "weight", None), "ndim", 0) > 2:
+        own = {"weight": module.weight}  # a stack of experts in codes
+    last = path.rpartition(".")[2]
+    for name, parameter in own.items():
+        full = path if name == "weight" else f"{path}.{name}".lstrip(".")
+        dimensions = len(parameter.shape)
+        if isinstance(module, _CONVOLUTIONS):
+            if name == "weight":
+                yield _part(full, parameter, "a convolution", f"modules_to_save: [{last}]")
+        elif carries_state(module):
+            yield _part(full, parameter, "a parameter of the recurrence", "")
+        elif dimensions == 3:
+            part = _part(full, parameter, "stacked experts", "experts: all")
+            yield replace(part, family=f"{last}.{name}" if name != "weight" else ".".join(path.split(".")[-2:]))
+        elif dimensions == 2 and last in _ROUTERS:
+            why = f"a router that multiplies by itself ({type(module).__name__})"
+            yield _part(full, parameter, why, f"modules_to_save: [{last}]")
+        elif dimensions >= 2 and "bias" not in name and "embed" not in type(module).__name__.lower():
+            yield _part(full, parameter, f"a parameter of {type(module).__name__}", "")
+
+
+def _within(path: str, part: str) -> bool:
+    return not part or path == part or path.startswith(f"{part}.")
