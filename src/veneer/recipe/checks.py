@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from veneer.errors import did_you_mean
-from veneer.recipe.schema import LOSS, METRICS, REGEX_METRIC, QuantizeRecipe, Recipe
+from veneer.recipe.schema import CLASS_METRICS, LOSS, METRICS, REGEX_METRIC, QuantizeRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,34 @@ class Contradiction:
 
 def contradictions(recipe: Recipe) -> list[Contradiction]:
     """All of them; empty for a sound recipe."""
-    parts = (_quantize, _adapter, _batches, _optimizer, _evaluation, _metrics)
+    parts = (_task, _quantize, _adapter, _batches, _optimizer, _evaluation, _metrics)
     return [found for part in parts for found in part(recipe)]
+
+
+def _task(recipe: Recipe) -> Iterator[Contradiction]:
+    data, task = recipe.data, (("task",),)
+    if not recipe.is_classification:
+        if data.format == "labelled" or data.labels is not None:
+            key = "labels" if data.labels is not None else "format"
+            fix = "set task: classification, or remove this key"
+            yield Contradiction(("data", key), "is for classification, and task is generation", fix, task)
+        return
+    idle = [
+        (("quantize", "scheme"), recipe.quantize.scheme != "none"),
+        (("data", "chat_template"), data.chat_template is not None),
+        (("data", "train_on"), data.train_on != "all"),
+        (("train", "micro_batch_tokens"), recipe.train.micro_batch_tokens is not None),
+    ]
+    for path, given in idle:
+        if given:
+            yield Contradiction(path, "does not go with task: classification", "remove this key", task)
+    if data.format != "labelled":
+        fix = "remove it, and say under data.columns which columns hold text and label"
+        yield Contradiction(
+            ("data", "format"), f"is '{data.format}', and classification reads labelled rows", fix, task
+        )
+    if data.labels is not None and len(set(data.labels)) < len(data.labels):
+        yield Contradiction(("data", "labels"), "names a class twice", "keep one of them")
 
 
 def _quantize(recipe: Recipe) -> Iterator[Contradiction]:
@@ -129,17 +155,20 @@ def _evaluation(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _metrics(recipe: Recipe) -> Iterator[Contradiction]:
     names = recipe.eval.metrics
+    known = CLASS_METRICS if recipe.is_classification else METRICS
     for index, name in enumerate(names):
         path = ("eval", "metrics")
         if name in names[:index]:
             yield Contradiction(path, f"names '{name}' twice", "keep one of them")
-        elif name.startswith(REGEX_METRIC):
+        elif name.startswith(REGEX_METRIC) and known is METRICS:
             problem = _regex_problem(name.removeprefix(REGEX_METRIC))
             if problem:
                 yield Contradiction(path, f"holds '{name}', whose pattern is wrong: {problem}", "mend the expression")
-        elif name not in METRICS:
-            fix = did_you_mean(name, METRICS) or f"use any of {', '.join(METRICS)}, regex:PATTERN"
+        elif name not in known:
+            fix = did_you_mean(name, known) or f"use any of {', '.join(known)}" + ", regex:PATTERN" * (known is METRICS)
             yield Contradiction(path, f"holds an unknown metric '{name}'", fix)
+    if recipe.is_classification:
+        names = [*CLASS_METRICS]  # measured whether they are named or not
     best = recipe.eval.metric_for_best
     path, others = ("eval", "metric_for_best"), (("eval", "metrics"),)
     # A metric with several scores also gives one for each field: json_fields.amount.

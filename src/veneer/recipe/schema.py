@@ -19,7 +19,9 @@ METRICS = (
     "rouge_l",
     "perplexity",
 )
+CLASS_METRICS = ("accuracy", "macro_f1")  # of a classifier: always measured
 REGEX_METRIC = "regex:"
+CLASSIFICATION = "classification"
 LOSS = "loss"  # what metric_for_best is when nothing else is asked for
 LOWER_IS_BETTER = (LOSS, "perplexity")
 
@@ -137,11 +139,14 @@ class DataRecipe(Section):
     eval: Share | Count | Text | Texts | None = Field(
         default=0.1, description="held-out rows: a share of train, a number of its rows, files of their own, or null"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
-        default="auto", description="the shape of the rows; auto looks at the first row"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "labelled"] = Field(
+        default="auto", description="the shape of the rows; auto looks at the first row (labelled for classification)"
     )
     columns: dict[str, Text] | None = Field(
         default=None, description="the file's column for each field, e.g. {prompt: question, completion: answer}"
+    )
+    labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
+        default=None, description="classification: the classes in the order of their ids; null is those of the rows"
     )
     train_on: Literal["all", "last", "prompt-too"] = Field(
         default="all", description="which tokens are learnt: all assistant turns, the last one, or the prompt too"
@@ -220,7 +225,10 @@ class TrainRecipe(Section):
 class EvalRecipe(Section):
     """How the held-out rows are judged."""
 
-    metrics: list[Text] = Field(default=[], description=f"any of {', '.join(METRICS)}, regex:PATTERN")
+    metrics: list[Text] = Field(
+        default=[],
+        description=f"any of {', '.join(METRICS)}, regex:PATTERN; classification has {' and '.join(CLASS_METRICS)}",
+    )
     metric_for_best: Text | None = Field(
         default=None, description="the metric that picks the best checkpoint and stops early; null is the held-out loss"
     )
@@ -237,6 +245,9 @@ class Recipe(Section):
 
     base: Text = Field(description="the base model: a hub id, a folder, a .gguf file, or smollm2-135m")
     revision: Text | None = Field(default=None, description="the hub's branch, tag or commit")
+    task: Literal["generation", "classification"] = Field(
+        default="generation", description="what is learnt: to write answers, or to tell classes apart (encoders too)"
+    )
     quantize: Annotated[QuantizeRecipe, BeforeValidator(_scheme)] = Field(
         default=QuantizeRecipe(), description="storage of the base's weights: none, nf4, fp4, int8, or these keys"
     )
@@ -252,6 +263,15 @@ class Recipe(Section):
         default="runs/veneer", description="the run folder; by default runs/ and the recipe's file name"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _labelled_rows(cls, values: Any) -> Any:
+        """A classifier's rows are labelled ones: whoever reads the section ``data`` alone finds it there."""
+        data = values.get("data") if isinstance(values, dict) else None
+        if isinstance(data, dict) and values.get("task") == CLASSIFICATION and data.get("format", "auto") == "auto":
+            return {**values, "data": {**data, "format": "labelled"}}
+        return values
+
     @model_validator(mode="after")
     def _no_contradictions(self, info: ValidationInfo) -> Recipe:
         from veneer.recipe.checks import contradictions
@@ -261,6 +281,16 @@ class Recipe(Section):
             if found:
                 raise ValueError("; ".join(f"{'.'.join(c.path)} {c.what}" for c in found))
         return self
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether classes are told apart."""
+        return self.task == CLASSIFICATION
+
+    @property
+    def objective(self) -> str:
+        """The name of what is minimised."""
+        return CLASSIFICATION if self.is_classification else self.train.method
 
     @property
     def best_metric(self) -> tuple[str, bool]:
