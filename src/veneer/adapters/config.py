@@ -111,7 +111,7 @@ class LoraConfig:
             everywhere to ``target_r`` on average.
         target_parameters: parameters that hold the stacked weights of experts, by the ends of their paths.
         experts: which experts of every MoE layer are adapted: ``"none"``, ``"all"``, ``"top-K"`` (the K that rows of
-            data activate most), or a list of indices.
+            data activate most), a list of indices, or such lists by the path of the layer.
         task_type: written into the file for PEFT; nothing here depends on it.
 
     Raises:
@@ -140,7 +140,7 @@ class LoraConfig:
     lora_ga_config: LoraGaConfig | Mapping[str, Any] | None = None
     adalora_config: AdaLoraConfig | Mapping[str, Any] | None = None
     target_parameters: Sequence[str] | None = None
-    experts: str | Sequence[int] = "none"
+    experts: str | Sequence[int] | Mapping[str, Sequence[int]] = "none"
     task_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +150,9 @@ class LoraConfig:
             value = getattr(self, name) or None  # PEFT writes {} where there is nothing
             object.__setattr__(self, name, section(kind, value, f"LoraConfig.{name}"))
         self._freeze_tokens()
+        if isinstance(self.experts, Mapping):
+            chosen = {str(layer): tuple(indices) for layer, indices in self.experts.items()}
+            object.__setattr__(self, "experts", chosen)
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
@@ -200,6 +203,9 @@ class LoraConfig:
     def _check_targets(self) -> None:
         if self.target_modules is None:
             raise _wrong("target_modules", None, "use 'all-linear', or a list of module names")
+        if isinstance(self.target_parameters, str):
+            raise _wrong("target_parameters", self.target_parameters, f"give a list: [{self.target_parameters!r}]")
+        self._check_experts()
         others = (self.modules_to_save, self.trainable_token_indices, self.target_parameters, self.experts != "none")
         if not self.target_modules and not any(others):
             raise _wrong("target_modules", self.target_modules, "name at least one module, or use 'all-linear'")
@@ -226,6 +232,17 @@ class LoraConfig:
             raise _wrong("layers_to_transform", self.layers_to_transform, fix)
         if self.layers_pattern and self.layers_to_transform is None:
             raise _wrong("layers_pattern", self.layers_pattern, "give layers_to_transform too")
+
+    def _check_experts(self) -> None:
+        known = "use none, all, top-K (as in top-8), or a list of indices"
+        if isinstance(self.experts, str):
+            if not re.fullmatch(r"none|all|top-\d+", self.experts):
+                raise _wrong("experts", self.experts, did_you_mean(self.experts, ["none", "all", "top-8"]) or known)
+            return
+        lists = list(self.experts.values()) if isinstance(self.experts, Mapping) else [self.experts]
+        indices = [index for entry in lists for index in entry]
+        if not indices or not all(type(index) is int and index >= 0 for index in indices):
+            raise _wrong("experts", self.experts, known)
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """The factor before ``B A``: ``alpha / r``, or ``alpha / sqrt(r)`` with rank stabilisation."""
@@ -264,6 +281,8 @@ class LoraConfig:
         values["init_lora_weights"] = _init_of_file(values.get("init_lora_weights", True), where)
         values.setdefault("r", 8)  # PEFT's own defaults: an old file may lack a key that was never changed
         values.setdefault("lora_alpha", 8)
+        if values.get("target_modules") is None and values.get("target_parameters"):
+            values["target_modules"] = ()
         if values.get("target_modules") is None:
             raise AdapterError(
                 "the adapter names no target_modules",
@@ -285,7 +304,13 @@ class LoraConfig:
         data = self.settings()
         for name in _OF_TRAINING:
             del data[name]
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "target_parameters",
+        ):
             if isinstance(data[name], list):
                 data[name] = sorted(data[name])
         if data["init_lora_weights"] not in PLAIN_INITS:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels.grouped_lora import Groups, Stack, add_grouped_lora, group_by_expert, grouped_linear
-from veneer.quant import QuantConfig, quantize
+from veneer.kernels.grouped_lora import Groups, add_grouped_lora, group_by_expert, grouped_linear
+from veneer.quant import QuantConfig, QuantizedTensor, quantize
 from veneer.quant.stack import QuantizedStack
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -44,7 +44,7 @@ def stack_names(module: nn.Module) -> list[str]:
     return [name for name in EXPERT_WEIGHTS if name in held]
 
 
-def stack_of(module: nn.Module, name: str) -> Stack:
+def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedTensor:
     """``[E, out, in]``: a view of the parameter, whichever way it lies, or its codes."""
     held: Any = getattr(module, name)
     if isinstance(held, QuantizedStack):

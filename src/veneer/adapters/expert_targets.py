@@ -1,0 +1,207 @@
+"""Which stacks of experts an adapter changes, and which experts of each: ``target_parameters`` and ``experts``.
+
+``target_parameters`` means what it means in PEFT: names of parameters, whole or their ends after a dot. ``experts`` is
+which experts: of those parameters, or without any, of every stack that the base has. ``top-K`` is resolved by
+:func:`veneer.adapters.activation.choose_experts`, which counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from veneer.adapters.config import PLAIN_INITS, LoraConfig
+from veneer.adapters.experts import ExpertTarget
+from veneer.adapters.fused_experts import is_recognised, stack_names, stack_of
+from veneer.errors import AdapterError, did_you_mean
+
+Experts = str | Sequence[int] | Mapping[str, Sequence[int]]  # what the config's field of that name holds
+
+
+def top_k(experts: Experts) -> int | None:
+    """The K of ``top-K``; None for anything else."""
+    match = re.fullmatch(r"top-(\d+)", experts) if isinstance(experts, str) else None
+    return int(match[1]) if match else None
+
+
+def check_top_k(k: int, count: int) -> None:
+    """Raises where a layer of ``count`` experts has no ``k`` of them.
+
+    Raises:
+        AdapterError: so.
+    """
+    if not 1 <= k <= count:
+        fix = f"give top-1 to top-{count}, or all"
+        raise AdapterError(
+            f"experts: top-{k} of {count}: a layer has {count} experts", where="LoraConfig.experts", fix=fix
+        )
+
+
+def fused_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The modules of experts that can be adapted, by path, each with the number of its experts."""
+    return {
+        path: stack_of(module, stack_names(module)[0]).shape[0]
+        for path, module in modules.items()
+        if stack_names(module) and is_recognised(module)
+    }
+
+
+def resolve_experts(
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    allowed: Callable[[str], bool],
+    rank_of: Callable[[str], tuple[int, float]],
+    miss: Callable[[AdapterError], None],
+) -> tuple[ExpertTarget, ...]:
+    """The stacks that get factors, in the order of the model.
+
+    Args:
+        modules: the base's, by path.
+        allowed: whether a module's path is left by the config's exclusions; asked where ``experts`` chooses alone.
+        rank_of: rank and alpha of a parameter, by its path.
+        miss: takes an entry that changes nothing.
+
+    Raises:
+        AdapterError: an entry names something else than a stack, or experts that a layer does not have; ``top-K`` was
+            not counted yet; a setting cannot act on experts.
+    """
+    known = fused_experts(modules)
+    if config.target_parameters:
+        chosen = _named(modules, config.target_parameters, known, miss)
+    elif config.experts != "none":
+        chosen = [(path, stack) for path in known if allowed(path) for stack in stack_names(modules[path])]
+        if not chosen:
+            raise _no_experts(modules, config)
+    else:
+        return ()
+    _check_settings(config)
+    targets = []
+    for path, stack in chosen:
+        experts = _experts_of(config.experts, path, known)
+        if experts == ():
+            continue  # a layer that the choice leaves out
+        r, alpha = rank_of(f"{path}.{stack}")
+        _, out_features, in_features = stack_of(modules[path], stack).shape
+        if r > min(out_features, in_features):
+            raise AdapterError(
+                f"rank {r} is larger than an expert's matrix, {out_features} x {in_features}",
+                where=f"{path}.{stack}",
+                fix=f"give r: {min(out_features, in_features)} or less, or rank_pattern for this parameter",
+            )
+        targets.append(ExpertTarget(path, stack, r, alpha, experts))
+    return tuple(targets)
+
+
+def compact_parameters(modules: Mapping[str, nn.Module], targets: Sequence[ExpertTarget]) -> list[str]:
+    """The shortest sorted list of names that means the same parameters to PEFT: ends of paths, or whole ones."""
+    names = {target.name for target in targets}
+    short = sorted({".".join(name.split(".")[-2:]) for name in names})
+    every = {f"{path}.{stack}" for path, module in modules.items() for stack in stack_names(module)}
+    same = {name for name in every if any(_ends_with(name, entry) for entry in short)} == names
+    return short if same else sorted(names)
+
+
+def _named(
+    modules: Mapping[str, nn.Module],
+    entries: Sequence[str],
+    known: Mapping[str, int],
+    miss: Callable[[AdapterError], None],
+) -> list[tuple[str, str]]:
+    """The stacks that ``target_parameters`` names, in the order of the model."""
+    where = "LoraConfig.target_parameters"
+    stacks = {f"{path}.{stack}": (path, stack) for path in known for stack in stack_names(modules[path])}
+    others = {
+        f"{path}.{name}": path
+        for path, module in modules.items()
+        for name in (*module._parameters, *stack_names(module))
+        if f"{path}.{name}" not in stacks
+    }
+    found: set[tuple[str, str]] = set()
+    for entry in entries:
+        matches = {pair for name, pair in stacks.items() if _ends_with(name, entry)}
+        wrong = next((name for name in others if _ends_with(name, entry)), None)
+        if wrong is not None:
+            owner = modules[others[wrong]]
+            if stack_names(owner):
+                raise _unknown_form(others[wrong], owner)
+            raise AdapterError(
+                f"target parameter '{entry}' is no stack of experts but the '{wrong.rpartition('.')[2]}' of a "
+                f"{type(owner).__name__}",
+                where=wrong,
+                fix="name its module in target_modules, or in modules_to_save",
+            )
+        if not matches:
+            short = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            fix = did_you_mean(entry, [*short, *stacks])
+            fix = fix or (f"the stacks of experts are {', '.join(short)}" if short else "the base has no fused experts")
+            miss(AdapterError(f"target parameter '{entry}' matches nothing in the base", where=where, fix=fix))
+        found |= matches
+    return [pair for pair in stacks.values() if pair in found]
+
+
+def _experts_of(experts: Experts, path: str, known: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Which experts of the layer ``path`` get factors: None for all, empty for none."""
+    where, count = "LoraConfig.experts", known[path]
+    if isinstance(experts, str):
+        k = top_k(experts)
+        if k is None:
+            return None  # "all", or "none" beside target_parameters
+        check_top_k(k, count)
+        raise AdapterError(
+            f"experts: {experts} depends on which experts your data activates, and that was not counted",
+            where=where,
+            fix="take the config that choose_experts(module, config, batches) gives",
+        )
+    if isinstance(experts, Mapping):
+        strange = next((name for name in experts if name not in known), None)
+        if strange is not None:
+            fix = did_you_mean(strange, known) or f"they are {', '.join(known)}"
+            raise AdapterError(f"experts: there are no experts at '{strange}'", where=where, fix=fix)
+        experts = experts.get(path, ())
+    chosen = tuple(sorted(set(experts)))
+    if chosen and chosen[-1] >= count:
+        fix = f"the experts are 0 to {count - 1}"
+        raise AdapterError(f"there is no expert {chosen[-1]} at '{path}'", where=where, fix=fix)
+    return None if len(chosen) == count else chosen
+
+
+def _check_settings(config: LoraConfig) -> None:
+    """Raises for what cannot act on the factors of experts."""
+    refused = (
+        ("lora_dropout", config.lora_dropout, "PEFT's format for experts has none, so the file would not say it"),
+        ("use_dora", config.use_dora, "it needs the norm of every row of every expert's weight and update"),
+        ("use_lora_fa", config.use_lora_fa, "the factors of experts are trained together"),
+        ("adalora_config", config.adalora_config, "a stack has one rank for all of its experts"),
+        ("init_lora_weights", config.init_lora_weights not in PLAIN_INITS, "each expert would need a start of its own"),
+    )
+    for name, value, why in refused:
+        if value:
+            raise AdapterError(
+                f"{name} does not act on experts: {why}",
+                where=f"LoraConfig.{name}",
+                fix=f"leave {name} as it is by default, or set experts: none",
+            )
+
+
+def _no_experts(modules: Mapping[str, nn.Module], config: LoraConfig) -> AdapterError:
+    fused = [(path, module) for path, module in modules.items() if stack_names(module)]
+    unknown = next(((path, module) for path, module in fused if not is_recognised(module)), None)
+    if unknown is not None:
+        return _unknown_form(*unknown)
+    what = f"experts: {config.experts}, but "
+    what += "exclude_modules or layers_to_transform take all of them" if fused else "the base has no fused experts"
+    return AdapterError(what, where="LoraConfig.experts", fix="set experts: none")
+
+
+def _unknown_form(path: str, module: nn.Module) -> AdapterError:
+    return AdapterError(
+        f"these experts ({type(module).__name__}) are of a form that is not known here",
+        where=path,
+        fix="set experts: none: attention and shared experts can be adapted",
+    )
+
+
+def _ends_with(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
