@@ -20,6 +20,7 @@ from veneer.adapters.coverage import Coverage, coverage
 from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
 from veneer.adapters.ranks import with_ranks
+from veneer.adapters.read_weight import let_read
 from veneer.adapters.saved import SavedModule
 from veneer.adapters.slots import SLOTS, Slot, base_modules, places
 from veneer.adapters.targets import Plan, inside, resolve
@@ -152,6 +153,7 @@ class AdaptedModel:
                 slot.train(module.training)
                 for parent, attribute in hanging[id(module)]:
                     setattr(parent, attribute, slot)
+                    let_read(parent, attribute)
                 self._slots[path] = slot
             assert isinstance(slot, kind)
             return slot
