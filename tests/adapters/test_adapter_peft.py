@@ -69,6 +69,11 @@ CASES = {
         "tied",
         {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [7, 3, 2]}},
     ),
+    "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "dora with rslora and patterns": (
+        "llama",
+        {"target_modules": QV, "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}),
     "conv1d all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "conv1d with tokens": ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 1, 3]}),

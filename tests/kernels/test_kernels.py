@@ -55,17 +55,45 @@ class TestLoraLinear:
         weight, bias = randn(7, 6), randn(7)
         assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], weight, bias, t[1], t[2], 0.7), (x, A, B))
 
+    @pytest.mark.parametrize("with_bias", [True, False])
+    def test_gradients_with_a_row_scale_in_double_precision(self, with_bias: bool) -> None:
+        x, A, B = randn(2, 5, 6, grad=True), randn(3, 6, grad=True), randn(7, 3, grad=True)
+        weight, bias, g = randn(7, 6), randn(7) if with_bias else None, randn(7, grad=True)
+        assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], weight, bias, t[1], t[2], 0.7, t[3]), (x, A, B, g))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("with_bias", [True, False])
-    def test_equals_the_reference(self, dtype: torch.dtype, with_bias: bool) -> None:
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_equals_the_reference(self, dtype: torch.dtype, with_bias: bool, scaled: bool) -> None:
         weight, bias = randn(33, 40, dtype=dtype), randn(33, dtype=dtype) if with_bias else None
-        inputs = (randn(3, 17, 40, grad=True, dtype=dtype), randn(5, 40, grad=True), randn(33, 5, grad=True))
+        inputs = [randn(3, 17, 40, grad=True, dtype=dtype), randn(5, 40, grad=True), randn(33, 5, grad=True)]
+        if scaled:
+            inputs.append((1 + randn(33, scale=0.2)).requires_grad_())
 
-        def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        def plain(x: Tensor, A: Tensor, B: Tensor, *g: Tensor) -> Tensor:
             wide_bias = None if bias is None else bias.to(x.dtype)
-            return lora_linear_reference(x, weight.to(x.dtype), wide_bias, A, B, 1.5)
+            return lora_linear_reference(x, weight.to(x.dtype), wide_bias, A, B, 1.5, *g)
 
-        assert_same_as_reference(lambda x, A, B: lora_linear(x, weight, bias, A, B, 1.5), plain, *inputs)
+        assert_same_as_reference(lambda x, A, B, *g: lora_linear(x, weight, bias, A, B, 1.5, *g), plain, *inputs)
+
+    def test_a_row_scale_near_one_keeps_its_digits_in_bfloat16(self) -> None:
+        x, weight = randn(4, 8, dtype=torch.bfloat16), randn(6, 8, dtype=torch.bfloat16)
+        zeros, g = (torch.zeros(1, 8), torch.zeros(6, 1)), torch.full((6,), 1.0 + 2**-6 + 2**-9)  # bfloat16: 1 + 2^-6
+        got = lora_linear(x, weight, None, *zeros, 1.0, g)
+        plain = x @ weight.t()
+        assert torch.equal(got, (plain.double() * g.double()).to(torch.bfloat16))
+
+    def test_a_frozen_A_keeps_no_input(self) -> None:
+        saved: list[Tensor] = []
+        x, weight = randn(64, 128, grad=True), randn(96, 128)
+        A, B = randn(4, 128), randn(96, 4, grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            y = lora_linear(x, weight, None, A, B, 1.0)
+        assert [tuple(t.shape) for t in saved if t.shape[0] == 64] == [(64, 4)]
+        upstream = randn(64, 96)
+        y.backward(upstream)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, upstream @ (weight + B.detach() @ A))
 
     def test_float32_masters_get_float32_gradients_under_a_bfloat16_base(self) -> None:
         A, B = randn(4, 8, grad=True, dtype=torch.float32), randn(6, 4, grad=True, dtype=torch.float32)
@@ -99,30 +127,45 @@ class TestLoraLinear:
 
 
 class TestGatedMlp:
-    def operands(self, dtype: torch.dtype, d: int = 6, f: int = 8) -> tuple[list[Tensor], list[Tensor | None]]:
+    def operands(
+        self, dtype: torch.dtype, d: int = 6, f: int = 8, scaled: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
         trained, frozen = [], []
         for out, inp, rank in ((f, d, 2), (f, d, 2), (d, f, 3)):
             frozen += [randn(out, inp, dtype=dtype, scale=inp**-0.5), randn(out, dtype=dtype)]
             trained += [randn(rank, inp, grad=True, scale=inp**-0.5), randn(out, rank, grad=True)]
-        return trained, frozen  # type: ignore[return-value]
+        if scaled:
+            trained += [(1 + randn(n, scale=0.2)).requires_grad_() for n in (f, f, d)]
+        return trained, frozen
 
     def run(self, function: Callable[..., Tensor], act: str, frozen: list[Tensor]) -> Callable[..., Tensor]:
         def call(x: Tensor, *t: Tensor) -> Tensor:
             w = [f.to(x.dtype) for f in frozen]
-            parts = [LowRankLinear(w[2 * i], w[2 * i + 1], t[2 * i], t[2 * i + 1], 0.5 + i) for i in range(3)]
+            g = t[6:] or (None, None, None)
+            parts = [LowRankLinear(w[2 * i], w[2 * i + 1], t[2 * i], t[2 * i + 1], 0.5 + i, g[i]) for i in range(3)]
             return function(x, *parts, act)
 
         return call
 
     @pytest.mark.parametrize("act", ACTIVATIONS)
-    def test_gradients_in_double_precision(self, act: str) -> None:
-        trained, frozen = self.operands(DOUBLE)
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_gradients_in_double_precision(self, act: str, scaled: bool) -> None:
+        trained, frozen = self.operands(DOUBLE, scaled=scaled)
         assert torch.autograd.gradcheck(self.run(gated_mlp, act, frozen), (randn(2, 5, 6, grad=True), *trained))
+
+    def test_frozen_factors_A_get_no_gradient_and_the_others_theirs(self) -> None:
+        trained, frozen = self.operands(DOUBLE)
+        for A in trained[::2]:
+            A.requires_grad_(False)
+        fused, plain = self.run(gated_mlp, "silu", frozen), self.run(gated_mlp_reference, "silu", frozen)
+        assert_same_as_reference(fused, plain, randn(2, 5, 6, grad=True), *trained)
+        assert all(A.grad is None for A in trained[::2])
 
     @pytest.mark.parametrize("act", ACTIVATIONS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_equals_the_reference(self, act: str, dtype: torch.dtype) -> None:
-        trained, frozen = self.operands(dtype, d=24, f=40)
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_equals_the_reference(self, act: str, dtype: torch.dtype, scaled: bool) -> None:
+        trained, frozen = self.operands(dtype, d=24, f=40, scaled=scaled)
         x = randn(3, 9, 24, grad=True, dtype=dtype)
         fused, plain = self.run(gated_mlp, act, frozen), self.run(gated_mlp_reference, act, frozen)
         assert_same_as_reference(fused, plain, x, *trained)
