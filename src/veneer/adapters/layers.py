@@ -150,6 +150,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.followed: set[str] = set()  # adapters that belong to another layer with the same weight
         self.transposed = transposed
         self._square_norm: Tensor | None = None
         rows, columns = self.weight.shape
@@ -171,8 +172,15 @@ class LoraLinear(nn.Module):
         self.adapters[name] = adapter
         return adapter
 
+    def follow(self, name: str, adapter: LoraAdapter) -> None:
+        """Takes the adapter of another layer with the same weight: one set of factors, two places where they act."""
+        self.adapters[name] = adapter
+        self.followed.add(name)
+
     def start(self, name: str) -> None:
         """Gives an adapter, its factors filled, what its variants need beside them."""
+        if name in self.followed:
+            return
         adapter = self.adapters[name]
         assert isinstance(adapter, LoraAdapter)
         for variant in adapter.variants:
@@ -235,8 +243,8 @@ class LoraLinear(nn.Module):
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one adapter, by the end of their PEFT key."""
-        if name not in self.adapters:
+        """The tensors of one adapter, by the end of their PEFT key; none for factors that belong to another layer."""
+        if name not in self.adapters or name in self.followed:
             return {}
         adapter = self.adapters[name]
         assert isinstance(adapter, LoraAdapter)
