@@ -46,6 +46,7 @@ NEIGHBOURS = {
     ("kernels", "errors"),
     ("kernels", "runtime"),
     ("run", "recipe"),  # opening a run folder reads its recipe
+    ("ship", "evaluate"),  # what a smaller rank costs is measured on held-out rows
     ("cli", "demo"),  # the `demo` command calls run_demo
 }
 
@@ -68,7 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
     "recipe": {"pydantic", "yaml"},
     "run": {"pydantic", "yaml"},
     "evaluate": {"rouge_score", "sacrebleu", "jsonschema", "lm_eval", "matplotlib", "numpy", "rich"},
-    "ship": {"gguf", "huggingface_hub", "transformers", "numpy"},
+    "ship": {"gguf", "huggingface_hub", "transformers", "numpy", "matplotlib"},
     "train": {"numpy", "rich", "transformers", "tensorboard", "wandb", "mlflow", "trackio", "bitsandbytes"},
     "serve": {"fastapi", "uvicorn", "prometheus_client"},
     "cli": {"typer", "rich", "yaml"},

@@ -21,6 +21,8 @@ _WHERE = {
     "generate": "veneer.generate",
     "evaluate": "veneer.evaluate",
     "train": "veneer.train",
+    "inspect_adapter": "veneer.ship",
+    "resize_adapter": "veneer.ship",
     "VeneerError": "veneer.errors",
 }
 
@@ -33,7 +35,9 @@ __all__ = [
     "attach",
     "evaluate",
     "generate",
+    "inspect_adapter",
     "load_base",
+    "resize_adapter",
     "save_base",
     "train",
 ]
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from veneer.evaluate import evaluate
     from veneer.generate.generate import generate
     from veneer.models import Base, load_base, save_base
+    from veneer.ship import inspect_adapter, resize_adapter
     from veneer.train import train
 
 lazy_names(__name__, _WHERE)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import chat, data, demo, eval, generate, merge, recipe, train, version
+from veneer.cli import chat, data, demo, eval, generate, inspect, merge, recipe, resize, train, version
 from veneer.cli.guard import guarded
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command("train")(guarded(train.train))
 app.command("eval")(guarded(eval.evaluate))
 app.command("generate")(guarded(generate.generate))
 app.command("chat")(guarded(chat.chat))
+app.command("inspect")(guarded(inspect.inspect))
+app.command("resize")(guarded(resize.resize))
 app.command("merge")(guarded(merge.merge))
 app.command("recipe")(guarded(recipe.recipe))
 app.command("version")(guarded(version.version))
