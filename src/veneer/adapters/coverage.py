@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from veneer.adapters.fused_experts import stack_of
 from veneer.adapters.slots import base_modules
 from veneer.adapters.structure import is_product, left_out
 from veneer.adapters.targets import Plan, inside
 from veneer.quant import QuantizedLinear
+from veneer.quant.stack import QuantizedStack
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,23 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
     modules = base_modules(root)
     how: dict[str, tuple[str, int]] = {}
     for target in plan.lora:
-        how[target.path] = (f"lora r={target.r}", target.r * sum(_shape(modules[target.path])))
+        numbers = 0 if target.tied_to else target.r * sum(_shape(modules[target.path]))
+        how[target.path] = (f"lora r={target.r}" + " (tied)" * (target.tied_to is not None), numbers)
     for tokens in plan.tokens:
         rows, width = len(tokens.token_ids), _shape(modules[tokens.path])[1]
         how[tokens.path] = (f"{rows} rows (tied)", 0) if tokens.tied_to else (f"{rows} rows", rows * width)
     for path in plan.saved:
         how[path] = ("whole", sum(p.numel() for p in modules[path].parameters()))
     groups: dict[tuple[str, str], list[str]] = {}
+    for stack in plan.experts:
+        _, width_out, width_in = stack_of(modules[stack.path], stack.parameter).shape
+        chosen = stack.count if stack.experts is None else len(stack.experts)
+        some = "" if stack.experts is None else f" on {chosen} of {stack.count}"
+        how[stack.name] = (f"lora r={stack.r}{some}", chosen * stack.r * (width_out + width_in))
+        groups.setdefault((_last_two(stack.name), type(modules[stack.path]).__name__), []).append(stack.name)
+    stacks = {stack.name for stack in plan.experts}
     for path, module in modules.items():
-        if path in how or is_product(module):
+        if (path in how or is_product(module)) and path not in stacks:
             groups.setdefault((_family(path), type(module).__name__), []).append(path)
     table = tuple(
         CoverageRow(
@@ -85,7 +95,7 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
         for (name, layer), paths in groups.items()
     )
     held = {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}
-    in_codes = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLinear))
+    in_codes = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLinear | QuantizedStack))
     base_parameters = sum(held.values()) + in_codes
     return Coverage(table, base_parameters, plan.unmatched, _left_out(modules, how))
 
@@ -102,6 +112,10 @@ def _left_out(modules: Mapping[str, nn.Module], trained: Collection[str]) -> tup
         size = f"{len(shapes)} x {different}" if len(set(shapes)) <= 2 else f"{len(shapes)} matrices"
         lines.append(f"{name} ({size}): {why}" + (f"; {how}" if how else ""))
     return tuple(lines)
+
+
+def _last_two(path: str) -> str:
+    return ".".join(path.split(".")[-2:])
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

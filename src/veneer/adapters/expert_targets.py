@@ -90,7 +90,7 @@ def resolve_experts(
                 where=f"{path}.{stack}",
                 fix=f"give r: {min(out_features, in_features)} or less, or rank_pattern for this parameter",
             )
-        targets.append(ExpertTarget(path, stack, r, alpha, experts))
+        targets.append(ExpertTarget(path, stack, r, alpha, known[path], experts))
     return tuple(targets)
 
 

@@ -31,6 +31,7 @@ class ExpertTarget:
     parameter: str  # the stack's name in it
     r: int
     lora_alpha: float
+    count: int  # E
     experts: tuple[int, ...] | None = None  # which ones, in order; None: all
 
     @property

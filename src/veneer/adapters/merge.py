@@ -207,6 +207,10 @@ def _replace(layer: nn.Module, key: str, tensor: Tensor, made: dict[int, list[nn
     path, _, attribute = key.rpartition(".")
     owner = layer.get_submodule(path)
     old = owner._parameters.get(attribute)
+    if attribute in owner._modules:  # a stack of experts in codes
+        delattr(owner, attribute)
+        owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        return
     if old is None:
         owner._buffers[attribute] = tensor
         return

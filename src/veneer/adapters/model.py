@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer.adapters.combinations import check_fit
 from veneer.adapters.config import LoraConfig
 from veneer.adapters.coverage import Coverage, coverage
+from veneer.adapters.experts import LoraExperts
 from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
 from veneer.adapters.ranks import with_ranks
@@ -29,7 +30,7 @@ from veneer.adapters.variants import variants_of
 from veneer.errors import AdapterError, did_you_mean
 
 KEY_PREFIX = "base_model.model."
-S = TypeVar("S", LoraLinear, LoraEmbedding, TokenEmbedding, TokenHead, SavedModule)
+S = TypeVar("S", LoraLinear, LoraEmbedding, LoraExperts, TokenEmbedding, TokenHead, SavedModule)
 
 
 class IdentityLike(Protocol):
@@ -125,11 +126,17 @@ class AdaptedModel:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for target in plan.lora:
+            if target.tied_to is not None:
+                continue
             slot = self._slots[target.path]
             adapter = slot.adapters[name]
             assert isinstance(adapter, LoraAdapter)
             fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
             fill(adapter.A, adapter.B, config.init_lora_weights, seed, KEY_PREFIX + target.path)
+        for stack in plan.experts:
+            experts = self._slots[stack.path]
+            assert isinstance(experts, LoraExperts)
+            experts.stacks(name)[stack.parameter].fill(config.init_lora_weights, seed, KEY_PREFIX + stack.name)
         self.start(name)
 
     def install(self, name: str, config: LoraConfig, plan: Plan) -> None:
@@ -164,7 +171,14 @@ class AdaptedModel:
                 slot_at(target.path, LoraEmbedding).add(name, target.r, scaling, config.lora_dropout)
             else:
                 linear = slot_at(target.path, LoraLinear, transposed=target.kind == "conv1d")
-                linear.add(name, target.r, scaling, config.lora_dropout, variants_of(config))
+                if target.tied_to is None:
+                    linear.add(name, target.r, scaling, config.lora_dropout, variants_of(config))
+                else:
+                    factors = self._slots[target.tied_to].adapters[name]
+                    assert isinstance(factors, LoraAdapter)
+                    linear.follow(name, factors)
+        for stack in plan.experts:
+            slot_at(stack.path, LoraExperts).add(name, stack, config.scaling(stack.r, stack.lora_alpha))
         # Embeddings first: a tied head reads their rows.
         for token in sorted(plan.tokens, key=lambda token: token.tied_to is not None):
             if isinstance(modules[token.path], nn.Embedding):
@@ -248,7 +262,9 @@ class AdaptedModel:
         tensors = {
             f"{KEY_PREFIX}{path}.{end}": tensor.detach().clone()
             for path, slot in self._slots.items()
-            for end, tensor in (slot.portable(name) if isinstance(slot, LoraLinear) else slot.tensors(name)).items()
+            for end, tensor in (
+                slot.portable(name) if isinstance(slot, LoraLinear | LoraExperts) else slot.tensors(name)
+            ).items()
         }
         ranks = {
             t.path: len(tensors[f"{KEY_PREFIX}{t.path}.lora_A.weight"]) for t in plan.lora if t.kind != "embedding"
@@ -262,7 +278,11 @@ class AdaptedModel:
         Raises:
             AdapterError: a key is missing, unknown or of another shape, or a value is not finite.
         """
-        tensors = self._tensors(self._known(name))
+        name = self._known(name)
+        tensors = self._tensors(name)
+        for path, slot in self._slots.items():
+            if isinstance(slot, LoraExperts):
+                state = {**state, **slot.from_file(name, state, f"{KEY_PREFIX}{path}.")}
         missing, extra = [k for k in tensors if k not in state], [k for k in state if k not in tensors]
         for kind, keys, others in (("unknown", extra, missing or tensors), ("missing", missing, extra)):
             if keys:
@@ -302,7 +322,7 @@ class AdaptedModel:
         for path, slot in list(self._slots.items()):
             if name in slot.adapters:
                 del slot.adapters[name]
-            if isinstance(slot, TokenHead):
+            if isinstance(slot, (TokenHead, LoraLinear)):
                 slot.followed.discard(name)
             if not slot.adapters:
                 for parent, attribute in where[id(slot)]:
@@ -359,6 +379,7 @@ class AdaptedModel:
         kinds: dict[str, type[Slot]] = {}
         for target in plan.lora:
             kinds[target.path] = LoraEmbedding if target.kind == "embedding" else LoraLinear
+        kinds.update(dict.fromkeys((stack.path for stack in plan.experts), LoraExperts))
         for token in plan.tokens:
             kinds[token.path] = TokenEmbedding if isinstance(modules[token.path], nn.Embedding) else TokenHead
         kinds.update(dict.fromkeys(plan.saved, SavedModule))

@@ -7,6 +7,7 @@ without the adapter's name.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from veneer import __version__
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.dora import KEY as MAGNITUDE
+from veneer.adapters.expert_targets import compact_parameters
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
 from veneer.adapters.precision import Precision, precision_of
 from veneer.adapters.slots import base_modules
@@ -70,6 +72,8 @@ def save_adapter(
     identity = None if adapted.base is None else adapted.base.identity.to_dict()
     quantization = precision_of(adapted.base).to_dict()
     record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
+    if any(stack.experts is not None for stack in plan.experts):  # PEFT's layout has zeros for the others
+        record["experts"] = {t.path: list(t.experts or range(t.count)) for t in plan.experts}
     with atomic_folder(target) as temporary:
         write_json(temporary / CONFIG, _file_config(adapted, config, plan))
         for file, held in ((WEIGHTS, tensors), (TRAINING, {} if is_same else own)):
@@ -141,6 +145,8 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         what = "there is no adapter here" if folder.is_dir() else "there is no such folder"
         raise AdapterError(what, where=str(folder), fix=f"give the folder that holds {CONFIG}")
     config = LoraConfig.from_dict(_read_json(folder / CONFIG), where=str(folder / CONFIG))
+    if experts := read_record(folder).get("experts"):
+        config = dataclasses.replace(config, experts=experts)
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -205,6 +211,7 @@ def _file_config(adapted: AdaptedModel, config: LoraConfig, plan: Plan) -> dict[
     if config.target_modules == ALL_LINEAR:
         # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant.
         data["target_modules"] = compact_targets(module, config, plan)
+    data["target_parameters"] = compact_parameters(base_modules(module), plan.experts) or None
     data["rank_pattern"], data["alpha_pattern"] = stable_patterns(config, plan)
     # Whole paths mean the same to PEFT, which would take 'norm' for every module whose name ends in it.
     data["modules_to_save"] = sorted(plan.saved) or None

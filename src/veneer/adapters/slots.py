@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from veneer.adapters.experts import LoraExperts
 from veneer.adapters.layers import LoraEmbedding, LoraLinear
 from veneer.adapters.saved import SavedModule
 from veneer.adapters.tokens import TokenEmbedding, TokenHead
 
 # Each has base_layer, adapters, active, tensors(name) and merged(names).
-Slot = LoraLinear | LoraEmbedding | TokenEmbedding | TokenHead | SavedModule
-SLOTS = (LoraLinear, LoraEmbedding, TokenEmbedding, TokenHead, SavedModule)
+Slot = LoraLinear | LoraEmbedding | LoraExperts | TokenEmbedding | TokenHead | SavedModule
+SLOTS = (LoraLinear, LoraEmbedding, LoraExperts, TokenEmbedding, TokenHead, SavedModule)
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
+from veneer.adapters.expert_targets import resolve_experts
+from veneer.adapters.experts import ExpertTarget
 from veneer.adapters.slots import SLOTS, base_modules
 from veneer.adapters.structure import Kind, LeftOut, is_product, kind_of, left_out
 from veneer.adapters.structure import output_heads as output_heads
@@ -28,6 +30,7 @@ class LoraTarget:
     kind: Kind
     r: int
     lora_alpha: float
+    tied_to: str | None = None  # an earlier layer with the same weight, whose factors act here too
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Plan:
     tokens: tuple[TokenTarget, ...]
     saved: tuple[str, ...]
     unmatched: tuple[str, ...]  # entries of the config that change nothing; only where the resolution was not strict
+    experts: tuple[ExpertTarget, ...] = ()
 
 
 def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> Plan:
@@ -69,11 +73,14 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
 
     saved = _resolve_saved(modules, config, from_file, miss)
     tokens = _resolve_tokens(root, modules, config, from_file)
-    lora = _resolve_lora(modules, config, saved, miss)
+    experts = _resolve_experts(modules, config, saved, miss)
+    lora = _resolve_lora(modules, config, saved, [target.name for target in experts], miss)
+    if not from_file:  # another program's file may have other factors in each place
+        lora = _tied(lora, modules)
     _check_overlaps({target.path for target in lora}, tokens, saved)
-    if not lora and not tokens and not saved:
+    if not lora and not experts and not tokens and not saved:
         raise AdapterError("the adapter changes no module", where="LoraConfig", fix="name modules that the base has")
-    return Plan(lora, tokens, saved, tuple(unmatched))
+    return Plan(lora, tokens, saved, tuple(unmatched), experts)
 
 
 def name_matches(pattern: str | Sequence[str], path: str) -> bool:
@@ -116,11 +123,11 @@ def stable_patterns(config: LoraConfig, plan: Plan) -> tuple[dict[str, int], dic
     than the trained one). Where that would change a decision, every module is named by its whole path.
     """
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    paths = [target.path for target in plan.lora]
-    if any(pattern_for(ranks, path) != pattern_for(sorted(ranks), path) for path in paths):
-        ranks = {re.escape(target.path): target.r for target in plan.lora if target.r != config.r}
-    if any(pattern_for(alphas, path) != pattern_for(sorted(alphas), path) for path in paths):
-        alphas = {re.escape(t.path): t.lora_alpha for t in plan.lora if t.lora_alpha != config.lora_alpha}
+    targets = {target.path: target for target in plan.lora} | {target.name: target for target in plan.experts}
+    if any(pattern_for(ranks, path) != pattern_for(sorted(ranks), path) for path in targets):
+        ranks = {re.escape(path): t.r for path, t in targets.items() if t.r != config.r}
+    if any(pattern_for(alphas, path) != pattern_for(sorted(alphas), path) for path in targets):
+        alphas = {re.escape(path): t.lora_alpha for path, t in targets.items() if t.lora_alpha != config.lora_alpha}
     return ranks, alphas
 
 
@@ -156,10 +163,25 @@ def _layer_matches(config: LoraConfig, path: str) -> bool:
     return not wanted or _layer_index(config, path) in wanted
 
 
+def _resolve_experts(
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    saved: tuple[str, ...],
+    miss: Callable[[AdapterError], None],
+) -> tuple[ExpertTarget, ...]:
+    def is_free(path: str) -> bool:
+        excluded = config.exclude_modules and name_matches(config.exclude_modules, path)
+        return not excluded and _layer_matches(config, path)
+
+    free = {path: module for path, module in modules.items() if not inside(path, saved)}
+    return resolve_experts(free, config, is_free, lambda name: _rank_of(name, config), miss)
+
+
 def _resolve_lora(
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
     saved: tuple[str, ...],
+    experts: list[str],
     miss: Callable[[AdapterError], None],
 ) -> tuple[LoraTarget, ...]:
     free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
@@ -180,18 +202,34 @@ def _resolve_lora(
         _report_unmatched_targets(modules, config, chosen, miss)
     for path in chosen:
         _check_adaptable(path, modules)
-    _report_unmatched_filters(modules, config, chosen, miss)
+    _report_unmatched_filters(modules, config, [*chosen, *experts], miss)
     return tuple(_target(path, modules[path], config) for path in chosen)
 
 
-def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
+def _rank_of(path: str, config: LoraConfig) -> tuple[int, float]:
+    """The rank and alpha of what lies at ``path``, a module or a parameter."""
     rank_key, alpha_key = pattern_for(config.rank_pattern, path), pattern_for(config.alpha_pattern, path)
+    r = config.r if rank_key is None else config.rank_pattern[rank_key]
+    return r, config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+
+
+def _tied(targets: tuple[LoraTarget, ...], modules: Mapping[str, nn.Module]) -> tuple[LoraTarget, ...]:
+    """Layers that share one weight (Zamba repeats whole blocks) share their factors: merged, the weight stays one."""
+    first: dict[tuple[object, ...], LoraTarget] = {}
+    found = []
+    for target in targets:
+        same = first.setdefault((id(modules[target.path].weight), target.kind, target.r, target.lora_alpha), target)
+        found.append(target if same is target else replace(target, tied_to=same.path))
+    return tuple(found)
+
+
+def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
     kind = kind_of(module)
     assert kind is not None
-    r = config.r if rank_key is None else config.rank_pattern[rank_key]
-    alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-    smaller = min(module.weight.shape)  # type: ignore[type-var]  # kind_of has seen that it is a matrix
-    if config.target_modules == ALL_LINEAR and rank_key is None and r > smaller:
+    r, alpha = _rank_of(path, config)
+    smaller = min(module.weight.shape)  # type: ignore[arg-type]  # kind_of has seen that it is a matrix
+    is_named = pattern_for(config.rank_pattern, path) is not None
+    if config.target_modules == ALL_LINEAR and not is_named and r > smaller:
         # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as the others.
         alpha, r = alpha * (math.sqrt(smaller / r) if config.use_rslora else smaller / r), smaller
     return LoraTarget(path, kind, r, alpha)
