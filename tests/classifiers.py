@@ -10,8 +10,11 @@ FAMILIES = ("bert", "roberta", "distilbert", "modernbert", "deberta", "llama")
 ENCODERS = FAMILIES[:-1]
 
 
-def write_encoder_tokenizer(folder: Path) -> Any:
-    """Bytes under BERT's frame: ``[CLS] a [SEP]``, and ``[CLS] a [SEP] b [SEP]`` with types 0 and 1."""
+def write_tokenizer(folder: Path, *, framed: bool) -> Any:
+    """Bytes under BERT's frame (``[CLS] a [SEP]``, ``[CLS] a [SEP] b [SEP]`` with types 0 and 1), or bare ones.
+
+    The bare kind has no padding token and no separator, as many a decoder's; its eos has the id 0.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +26,10 @@ def write_encoder_tokenizer(folder: Path) -> Any:
     backend.train_from_iterator(
         [], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
+    if not framed:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[PAD]", unk_token="[UNK]")
+        tokenizer.save_pretrained(str(folder))
+        return tokenizer
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
@@ -35,7 +42,7 @@ def write_encoder_tokenizer(folder: Path) -> Any:
 
 
 def language_model(family: str, vocab_size: int, **changes: Any) -> Any:
-    """A masked language model of two layers, width 32, without dropout; its head is not the one that is wanted."""
+    """A language model of two layers, width 32, without dropout; its head is not the one that is wanted."""
     import transformers as t
 
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -92,6 +99,7 @@ def language_model(family: str, vocab_size: int, **changes: Any) -> Any:
                 pad_token_id=0,
             )
         ),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, num_key_value_heads=2, pad_token_id=None)),
     }
     return makers[family]()
 
@@ -100,11 +108,7 @@ def write_classifier_base(family: str, folder: Path) -> Path:
     """An encoder after masked language modelling, or a Llama after the causal kind, with its tokenizer."""
     import torch
 
-    if family == "llama":
-        from conftest import write_tiny_base
-
-        return write_tiny_base(folder)
-    tokenizer = write_encoder_tokenizer(folder)
+    tokenizer = write_tokenizer(folder, framed=family != "llama")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         language_model(family, len(tokenizer)).save_pretrained(str(folder))

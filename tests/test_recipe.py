@@ -446,7 +446,7 @@ def test_the_recipe_offers_what_the_other_parts_understand() -> None:
     assert choices("TrainRecipe", "lr_scheduler_type") == set(SCHEDULES)
     assert choices("TrainRecipe", "report_to") == set(TRACKERS)
     assert choices("TrainRecipe", "optim") == set(OPTIMIZERS)
-    assert choices("DataRecipe", "format") == {"auto", *FORMATS}
+    assert choices("DataRecipe", "format") == {"auto", "labelled", *FORMATS}
 
 
 def test_every_key_of_the_adapter_section_is_a_field_of_lora_config() -> None:

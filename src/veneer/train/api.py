@@ -12,8 +12,10 @@ from veneer.data.conversation import Rows
 from veneer.errors import UsageError, did_you_mean
 from veneer.models import Base
 from veneer.recipe import AdapterRecipe, DataRecipe, EvalRecipe, Recipe, TrainRecipe, load_recipe, recipe_from
+from veneer.recipe.schema import CLASSIFICATION
 from veneer.run import RunFolder
 from veneer.train.base import load_base_of
+from veneer.train.classification import for_classifier, load_classifier_of
 from veneer.train.distributed import World, join_world, leave_world, local_device
 from veneer.train.preflight import read_rows
 from veneer.train.progress import Progress, Silent
@@ -49,7 +51,11 @@ def train_recipe(
     config = LoraConfig(**settings)  # before anything that takes long
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
-        recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
+        if recipe.is_classification:
+            recipe, base = load_classifier_of(recipe, rows, held_out)
+            config = for_classifier(config, base)
+        else:
+            recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
         adapted = attach(base, config, seed=recipe.train.seed)
         session = Session(adapted, base, recipe, rows, held_out, world, progress)
         return session.run(resume=resume, overwrite=overwrite)
@@ -136,10 +142,13 @@ def _recipe_of(
     adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
     dtype = str(base.dtype).removeprefix("torch.")
     stored = {"scheme": "none"} if base.quantized is None else base.quantized.record()
+    if base.labels:
+        values["data"].setdefault("labels", list(base.labels))
     held_out = eval_data if eval_data is None or isinstance(eval_data, float | int) else _name_of(eval_data)
     return recipe_from(
         {
             "base": base.spec,
+            "task": CLASSIFICATION if base.labels else "generation",
             "revision": base.identity.revision,
             "dtype": dtype if dtype in ("bfloat16", "float32") else "auto",
             "device": str(base.device),

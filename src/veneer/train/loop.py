@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +59,7 @@ class Trainer:
         objective: see :mod:`veneer.train.sft`.
         dataset: the rendered training rows.
         layout: how a step's rows become micro-batches.
+        micro_batches: builds them from row indices.
         plan: the settings.
         state: where the run stands; changed by the loop.
         optimizer: over the adapter's parameters.
@@ -85,6 +86,7 @@ class Trainer:
     checkpoints: Path
     save_adapter: Callable[[Path], object]
     evaluate: Callable[[int], dict[str, float]] | None = None
+    micro_batches: Callable[[Sequence[int], TokenDataset, Layout], Iterator[Batch]] = micro_batches
 
 
 def train_loop(t: Trainer) -> bool:
@@ -134,7 +136,7 @@ def train_step(t: Trainer, prepare_noise: Callable[[Batch, int], None]) -> bool:
     mine = deal(indices.tolist(), t.dataset.lengths, world.size)[world.rank]
     outputs: list[tuple[Batch, ObjectiveOutput]] = []
     t.optimizer.zero_grad()
-    for number, batch in enumerate(micro_batches(mine, t.dataset, t.layout)):
+    for number, batch in enumerate(t.micro_batches(mine, t.dataset, t.layout)):
         torch.manual_seed(stream_seed("dropout", plan.seed, state.step, world.rank, number))
         prepare_noise(batch, epoch)
         output = t.objective(t.module, batch.to(t.device))

@@ -11,23 +11,36 @@ from typing import Any
 
 from veneer.adapters import AdaptedModel
 from veneer.adapters.save import read_training_state
+from veneer.data.classes import Classes, find_classes
 from veneer.data.conversation import Rows
 from veneer.data.dataset import TokenDataset
+from veneer.data.label_render import LabelledDataset
+from veneer.data.labelled import LabelledRow
 from veneer.data.pack import pad_id_of
 from veneer.data.show import show_html
 from veneer.errors import VeneerError
 from veneer.evaluate.report import write_report
 from veneer.files import storage_errors, write_text
 from veneer.models import Base
+from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, set_rng_state
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after
+from veneer.train.classification import (
+    check_classifier,
+    class_micro_batches,
+    classification,
+    describe,
+    held_out_classes,
+    render_classes,
+    write_samples,
+)
 from veneer.train.distributed import World
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.interrupt import StopRequest
-from veneer.train.layout import Layout, default_micro_batch_tokens
+from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
 from veneer.train.loop import Trainer, train_loop
 from veneer.train.optimizer import FlatAdamW, check_optimizer
 from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows, seen_in_training
@@ -38,7 +51,7 @@ from veneer.train.sft import sft
 from veneer.train.state import Plan, TrainerState
 from veneer.train.track import open_trackers
 
-OBJECTIVES = {"sft": sft}
+OBJECTIVES = {"sft": sft, "classification": classification}
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,10 @@ class Session:
         settings, adapted, world = self.recipe.train, self.adapted, self.world
         check_optimizer(settings.optim, self.base.device)
         warnings = self._say_what_was_read()
-        check_head(adapted.module)
+        if self.classes is not None:
+            check_classifier(adapted, self.base, self.dataset, self.layout)
+        else:
+            check_head(adapted.module)
         if self.layout.packing:
             check_packing(adapted.module, self.dataset, self.base.device, self.layout.share_prefix)
         optimizer = FlatAdamW(
@@ -133,7 +149,7 @@ class Session:
             stop = StopRequest(record.message)
             trainer = Trainer(
                 module=adapted.module,
-                objective=OBJECTIVES[settings.method],
+                objective=OBJECTIVES[self.recipe.objective],
                 dataset=self.dataset,
                 layout=self.layout,
                 plan=self.plan,
@@ -144,8 +160,9 @@ class Session:
                 recorder=record,
                 stop=stop,
                 checkpoints=self.folder.checkpoints,
-                save_adapter=lambda target: adapted.save(target, extra={"step": state.step}, training_state=True),
+                save_adapter=lambda target: adapted.save(target, extra=self._notes(state.step), training_state=True),
                 evaluate=self._evaluate if self.held_out is not None else None,
+                micro_batches=micro_batches if self.classes is None else class_micro_batches,
             )
             self.progress.start(self.plan.total_steps, state.step, self.folder.path.name)
             try:
@@ -178,16 +195,29 @@ class Session:
     @cached_property
     def dataset(self) -> TokenDataset:
         """The rendered training rows."""
-        return render_rows(self.rows, self.base.tokenizer, self.recipe, self.world)
+        return self._rendered(self.rows)
+
+    def _rendered(self, rows: Rows) -> TokenDataset:
+        if self.classes is not None:
+            return render_classes(rows, self.base, self.recipe)
+        return render_rows(rows, self.base.tokenizer, self.recipe, self.world)
+
+    @cached_property
+    def classes(self) -> Classes | None:
+        """What a classifier tells apart; None for any other task."""
+        if not self.recipe.is_classification:
+            return None
+        return find_classes(self.rows, self.held_out_rows, self.base.labels)
 
     @cached_property
     def held_out(self) -> HeldOut | None:
         """The held-out rows, rendered, and how they are judged."""
         if self.held_out_rows is None:
             return None
-        check_metrics(self.held_out_rows, self.recipe.eval.metrics)
+        if self.classes is None:
+            check_metrics(self.held_out_rows, self.recipe.eval.metrics)
         return HeldOut(
-            dataset=render_rows(self.held_out_rows, self.base.tokenizer, self.recipe, self.world),
+            dataset=self._rendered(self.held_out_rows),
             rows=self.held_out_rows,
             # The perplexity of the held-out loss comes with every evaluation.
             metrics=[name for name in self.recipe.eval.metrics if name != "perplexity"],
@@ -200,13 +230,14 @@ class Session:
     @cached_property
     def layout(self) -> Layout:
         train = self.recipe.train
+        packing = train.packing and self.classes is None
         return Layout(
-            packing=train.packing,
+            packing=packing,
             micro_batch_tokens=train.micro_batch_tokens
             or default_micro_batch_tokens(train.max_length, self.base.device),
             micro_batch_rows=train.per_device_train_batch_size,
-            pad_id=pad_id_of(self.base.tokenizer),
-            share_prefix=train.packing
+            pad_id=pad_id_of(self.base.tokenizer) if self.classes is None else pad_id_of_classifier(self.base.module),
+            share_prefix=packing
             and train.neftune_noise_alpha is None
             and not any(config.lora_dropout for config in self.adapted.configs.values()),
         )
@@ -227,14 +258,20 @@ class Session:
                     f"{seen} of {len(self.held_out.rows)} held-out rows have a prompt that is trained on too: "
                     "their figures say nothing about new rows (veneer data check names them)"
                 )
+        if self.classes is not None:
+            warnings += self.classes.warnings
         for text in warnings:
             self.progress.message(text, "warning")
         stats = self.dataset.stats
-        share = stats.trained_tokens / max(stats.tokens, 1)
-        self.progress.message(
-            f"{len(self.dataset)} training examples of {stats.tokens} tokens, "
-            f"{stats.trained_tokens} of them trained ({share:.0%})"
-        )
+        if self.classes is not None:
+            for text in describe(self.dataset, self.classes, self.base, self.recipe):
+                self.progress.message(text)
+        else:
+            share = stats.trained_tokens / max(stats.tokens, 1)
+            self.progress.message(
+                f"{len(self.dataset)} training examples of {stats.tokens} tokens, "
+                f"{stats.trained_tokens} of them trained ({share:.0%})"
+            )
         self.progress.message(
             f"{self.plan.rows_per_step} rows a step, {self.plan.steps_per_epoch} steps an epoch, "
             f"{self.adapted.trainable_count():,} trained parameters"
@@ -277,7 +314,11 @@ class Session:
                 "plan": dataclasses.asdict(self.plan),
                 "layout": dataclasses.asdict(self.layout),
                 "processes": self.world.size,
-                "mask_example_html": show_html(self.dataset.row(0), self.base.tokenizer),
+                **(
+                    {"mask_example_html": show_html(self.dataset.row(0), self.base.tokenizer)}
+                    if self.classes is None
+                    else {"classes": dataclasses.asdict(self.classes), "labels": list(self.classes.names)}
+                ),
                 "warnings": list(warnings),
             },
         )
@@ -320,7 +361,9 @@ class Session:
     def _evaluate(self, step: int) -> dict[str, float]:
         """The held-out figures of a step: the loss by all processes, generated answers by the first one."""
         assert self.held_out is not None
-        objective = OBJECTIVES[self.recipe.train.method]
+        if self.classes is not None:
+            return self._evaluate_classes(self.held_out, step)
+        objective = OBJECTIVES[self.recipe.objective]
         values = held_out_loss(
             self.adapted, objective, self.held_out.dataset, self.layout, self.world, self.base.device
         )
@@ -333,6 +376,28 @@ class Session:
                 self.progress.message(first_sample(self.folder.eval_folder, step))
         graded: dict[str, float] = self.world.gather(own)[0]
         return values | graded
+
+    def _evaluate_classes(self, held_out: HeldOut, step: int) -> dict[str, float]:
+        """The same for a classifier: its predictions of all held-out rows."""
+        assert self.classes is not None
+        dataset = held_out.dataset
+        assert isinstance(dataset, LabelledDataset)
+        values, predictions = held_out_classes(self.adapted, self.base, dataset, self.layout, self.world)
+        if step and self.world.is_main:
+            folder, count = self.folder.eval_folder, held_out.samples
+            write_samples(folder, step, values, dataset, predictions, self.base, count)
+            self.progress.message(
+                f"step {step}: {values['eval_accuracy']:.1%} of {len(dataset)} held-out rows are right, and "
+                f"{self.classes.majority_accuracy:.1%} would be with '{self.classes.majority}' for all"
+            )
+        return values
+
+    def _notes(self, step: int) -> dict[str, Any]:
+        """What ``veneer.json`` says of an adapter beside its base: a classifier's names, so that it can say them."""
+        if self.classes is None:
+            return {"step": step}
+        pairs = any(isinstance(row, LabelledRow) and row.pair is not None for row in self.rows)
+        return {"step": step, "labels": list(self.classes.names), "majority": self.classes.majority, "pairs": pairs}
 
     def _keep_best(self, state: TrainerState, record: RunRecord | SilentRecord) -> None:
         """Puts the best adapter into the model and into the run's ``adapter/``, and says which one it is."""
@@ -349,7 +414,7 @@ class Session:
                 )
         if self.world.is_main:
             with storage_errors(self.folder.adapter):
-                self.adapted.save(self.folder.adapter, extra={"step": step, "run": self.folder.path.name})
+                self.adapted.save(self.folder.adapter, extra={**self._notes(step), "run": self.folder.path.name})
         if state.best_step is None:
             record.message(f"{self.folder.adapter} holds the adapter of the last step, {step}")
             return
