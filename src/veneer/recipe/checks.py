@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from veneer.errors import did_you_mean
-from veneer.recipe.schema import CLASS_METRICS, LOSS, METRICS, REGEX_METRIC, QuantizeRecipe, Recipe
+from veneer.recipe.schema import CLASS_METRICS, LOSS, METRICS, REGEX_METRIC, QuantizeRecipe, Recipe, TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Contradiction:
 
 def contradictions(recipe: Recipe) -> list[Contradiction]:
     """All of them; empty for a sound recipe."""
-    parts = (_task, _quantize, _adapter, _batches, _optimizer, _evaluation, _metrics)
+    parts = (_task, _quantize, _adapter, _batches, _optimizer, _loraplus, _evaluation, _metrics)
     return [found for part in parts for found in part(recipe)]
 
 
@@ -135,6 +135,24 @@ def _optimizer(recipe: Recipe) -> Iterator[Contradiction]:
             f"is '{optim}', bitsandbytes' optimizer for CUDA, and the device is {recipe.device}",
             f"use {optim.replace('_bnb', '')}, which runs on any device",
             (("device",),),
+        )
+
+
+def _loraplus(recipe: Recipe) -> Iterator[Contradiction]:
+    train, usual = recipe.train, TrainRecipe()
+    if train.loraplus_lr_ratio is None and train.loraplus_lr_embedding != usual.loraplus_lr_embedding:
+        yield Contradiction(
+            ("train", "loraplus_lr_embedding"),
+            "does nothing without train.loraplus_lr_ratio",
+            "set the ratio too (16 is usual), or remove it",
+            (("train", "loraplus_lr_ratio"),),
+        )
+    if train.loraplus_lr_ratio is not None and recipe.adapter.use_lora_fa:
+        yield Contradiction(
+            ("train", "loraplus_lr_ratio"),
+            "sets the rate of B against that of A, and with adapter.use_lora_fa A is not trained",
+            "remove one of them; B's rate is train.learning_rate then",
+            (("adapter", "use_lora_fa"),),
         )
 
 

@@ -121,6 +121,7 @@ _THEIRS: dict[str, tuple[str, ...]] = {
     "train.lr_scheduler_type": ("lr_schedule", "lr_scheduler", "schedule", "scheduler"),
     "train.warmup_ratio": ("lr_warmup_steps", "num_warmup_steps", "warmup", "warmup_iters", "warmup_steps"),
     "train.optim": ("optim_type", "optimizer", "optimizer_name", "optimizer_type"),
+    "train.loraplus_lr_ratio": ("loraplus", "lora_plus", "loraplus_ratio", "lora_plus_lr_ratio"),
     "train.weight_decay": ("decay",),
     "train.max_grad_norm": ("clip_grad_norm", "gradient_clip_val", "gradient_clipping", "grad_clip", "max_norm"),
     "train.adam_beta1": ("beta1",),

@@ -192,6 +192,12 @@ class TrainRecipe(Section):
         default="adamw",
         description="AdamW with its state in 32 or 8 bits; paged_ keeps it in host memory; bnb is bitsandbytes' own",
     )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="LoRA+: B's learning rate is learning_rate times this, usually 16; null is plain LoRA"
+    )
+    loraplus_lr_embedding: Positive = Field(
+        default=1e-6, description="LoRA+: the learning rate of the factors of adapted embeddings"
+    )
     weight_decay: NotNegative = Field(default=0.01, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive | None = Field(
         default=1.0, description="clip the gradient to this norm; null does not clip"

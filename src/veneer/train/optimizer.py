@@ -89,6 +89,8 @@ class FlatAdamW:
             memory and visit the device part by part; without CUDA nothing is paged, and on the CPU the moments are
             in host memory anyway.
         betas, eps, weight_decay: Adam's.
+        multipliers: for each parameter, what its learning rate is times (see :mod:`veneer.train.loraplus`); None for
+            ones.
 
     Raises:
         TrainError: no parameters, or a parameter that is not float32.
@@ -103,6 +105,7 @@ class FlatAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        multipliers: Sequence[float] | None = None,
     ) -> None:
         if not named_parameters:
             raise TrainError("there is nothing to train", fix="attach an adapter whose targets match a layer")
@@ -120,32 +123,40 @@ class FlatAdamW:
         update: Update = (Update8bit if kind.bits == 8 else Update32bit)(*betas, eps)
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
-        # Decayed tensors first, so that each of the two groups is one contiguous slice.
-        order = sorted(range(len(self.parameters)), key=lambda i: self.parameters[i].dim() < 2)
-        self._offsets = [0] * len(order)
-        end = decayed = 0
-        for index in order:
-            self._offsets[index] = end
-            end += -(-self.parameters[index].numel() // update.alignment) * update.alignment
-            if self.parameters[index].dim() >= 2:
-                decayed = end
+        kinds = [  # (is a vector, multiplier): what is trained alike
+            (parameter.dim() < 2, multiplier)
+            for parameter, multiplier in zip(self.parameters, multipliers or [1.0] * len(self.parameters), strict=True)
+        ]
+        # Decayed tensors first, and each group in one piece.
+        self._offsets = [0] * len(kinds)
+        groups: list[Part] = []
+        end = 0
+        for is_vector, multiplier in sorted(set(kinds)):
+            start = end
+            for index, kind_of in enumerate(kinds):
+                if kind_of == (is_vector, multiplier):
+                    self._offsets[index] = end
+                    end += -(-self.parameters[index].numel() // update.alignment) * update.alignment
+            groups.append(Part(start, end, 0.0 if is_vector else weight_decay, multiplier))
         self.flat = torch.zeros(end, dtype=torch.float32, device=device)
         self.grad = torch.zeros(end, dtype=torch.float32, device=device)
-        self.grad_views: list[Tensor] = []
-        for parameter, offset in zip(self.parameters, self._offsets):
-            part = slice(offset, offset + parameter.numel())
-            view = self.flat[part].view(parameter.shape)
+        self.grad_views = self.views(self.grad)
+        for parameter, view, grad_view in zip(self.parameters, self.views(self.flat), self.grad_views):
             view.copy_(parameter.detach())
             parameter.data = view
-            self.grad_views.append(self.grad[part].view(parameter.shape))
-            parameter.grad = self.grad_views[-1]
-        groups = [Part(0, decayed, weight_decay), Part(decayed, end, 0.0)]
-        groups = [group for group in groups if group.stop > group.start]
+            parameter.grad = grad_view
         self._optimizer: Optimizer
         if kind.bitsandbytes:
             self._optimizer = BitsandbytesAdamW(self.flat, self.grad, groups, betas=betas, eps=eps, paged=kind.paged)
         else:
             self._optimizer = _own(kind, self.flat, self.grad, groups, update)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """``buffer [n]``, laid out as the flat one, in the shapes of the parameters and in their order."""
+        return [
+            buffer[offset : offset + parameter.numel()].view(parameter.shape)
+            for parameter, offset in zip(self.parameters, self._offsets)
+        ]
 
     def zero_grad(self) -> None:
         """Clears the gradients of the step before, in place: the views stay."""
@@ -173,7 +184,7 @@ class FlatAdamW:
         return norm
 
     def step(self, learning_rate: float) -> None:
-        """One AdamW update with the gradient that :meth:`finish_gradient` left."""
+        """One AdamW update with the gradient that :meth:`finish_gradient` left, at the rate times each multiplier."""
         self._optimizer.step(learning_rate)
         # The parameters are views whose own version counters do not see it; what is cached of them goes by those.
         for parameter in self.parameters:

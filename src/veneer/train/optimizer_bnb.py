@@ -1,4 +1,4 @@
-"""bitsandbytes' own 8-bit AdamW, over the flat buffer as if it were one or two large parameters."""
+"""bitsandbytes' own 8-bit AdamW, over the flat buffer as if each group were one large parameter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BitsandbytesAdamW:
 
     Args:
         flat, grad: ``[n]`` float32.
-        groups: the decayed and the other elements.
+        groups: elements with the same weight decay and learning rate.
         paged: the moments lie in CUDA's managed memory.
 
     Raises:
@@ -69,6 +69,7 @@ class BitsandbytesAdamW:
             whole = nn.Parameter(flat[group.start : group.stop])
             whole.grad = grad[group.start : group.stop]
             described.append({"params": [whole], "weight_decay": group.weight_decay})
+        self._multipliers = [group.multiplier for group in groups]
         # min_8bit_size=0: by itself it keeps what is small in 32 bits, and a state would have two formats.
         kind = optim.PagedAdamW8bit if paged else optim.AdamW8bit
         self._adam = kind(described, lr=0.0, betas=betas, eps=eps, min_8bit_size=0)
@@ -78,8 +79,8 @@ class BitsandbytesAdamW:
 
     def step(self, learning_rate: float) -> None:
         """One update."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        for group, multiplier in zip(self._adam.param_groups, self._multipliers):
+            group["lr"] = learning_rate * multiplier
         self._adam.step()
 
     def state(self) -> dict[str, Tensor]:

@@ -20,17 +20,18 @@ class Stored:
 
 
 class Part(NamedTuple):
-    """Elements ``start`` to ``stop`` of the flat buffer, and their weight decay."""
+    """Elements ``start`` to ``stop`` of the flat buffer, their weight decay, and what their learning rate is times."""
 
     start: int
     stop: int
     weight_decay: float
+    multiplier: float = 1.0
 
 
 def split(groups: Sequence[Part], size: int) -> list[Part]:
     """The groups in parts of at most ``size`` elements."""
     return [
-        Part(start, min(start + size, group.stop), group.weight_decay)
+        group._replace(start=start, stop=min(start + size, group.stop))
         for group in groups
         for start in range(group.start, group.stop, size)
     ]

@@ -165,7 +165,8 @@ class AdamW:
         self._steps += 1
         for part, moments in self._memory.visit(self._parts):
             here = slice(part.start, part.stop)
-            self._update(self._flat[here], self._grad[here], moments, self._steps, learning_rate, part.weight_decay)
+            rate = learning_rate * part.multiplier
+            self._update(self._flat[here], self._grad[here], moments, self._steps, rate, part.weight_decay)
 
     def state(self) -> dict[str, Tensor]:
         """The moments as they are stored, not a copy, and ``steps [1]``."""

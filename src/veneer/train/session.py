@@ -42,8 +42,16 @@ from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample,
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
 from veneer.train.loop import Trainer, train_loop
+from veneer.train.loraplus import multipliers
 from veneer.train.optimizer import FlatAdamW, check_optimizer
-from veneer.train.preflight import check_packing, gradient_checkpointing, make_plan, render_rows, seen_in_training
+from veneer.train.preflight import (
+    check_packing,
+    gradient_checkpointing,
+    make_plan,
+    render_rows,
+    seen_in_training,
+    settle_packing,
+)
 from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
@@ -129,13 +137,19 @@ class Session:
         else:
             check_head(adapted.module)
         if self.layout.packing:
-            check_packing(adapted.module, self.dataset, self.base.device, self.layout.share_prefix)
+            self._settle_packing()
         optimizer = FlatAdamW(
             adapted.named_parameters(),
             optim=settings.optim,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
+            multipliers=multipliers(
+                adapted.named_parameters(),
+                settings.loraplus_lr_ratio,
+                settings.learning_rate,
+                settings.loraplus_lr_embedding,
+            ),
         )
         if settings.optim != "adamw":
             self.progress.message(optimizer.description)
@@ -245,6 +259,16 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self.recipe, len(self.dataset), self.world, self.held_out is not None)
+
+    def _settle_packing(self) -> None:
+        """Proves that packed rows are apart, or goes over to padded ones where packing was not asked for."""
+        share = self.layout.share_prefix
+        self.recipe, instead = settle_packing(
+            self.recipe, lambda: check_packing(self.adapted.module, self.dataset, self.base.device, share)
+        )
+        if instead is not None:
+            del self.layout  # made anew from the settled recipe
+            self.progress.message(instead)
 
     def _say_what_was_read(self) -> list[str]:
         """Says how the rows were understood and what rendering did to them; returns the warnings."""
