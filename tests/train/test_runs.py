@@ -326,7 +326,7 @@ def test_a_disk_that_fills_up_stops_with_the_old_checkpoint_whole(
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
-def test_a_model_that_mixes_packed_rows_is_refused(
+def test_a_model_that_mixes_packed_rows_is_refused_where_packing_is_asked_for_and_padded_where_not(
     small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import veneer.train.preflight as preflight
@@ -339,9 +339,12 @@ def test_a_model_that_mixes_packed_rows_is_refused(
 
     monkeypatch.setattr(preflight, "hidden_states", leaky)
     with pytest.raises(TrainError, match="packed rows give other results than the same rows alone") as caught:
-        small_run()
+        small_run(train={"packing": True})
     assert "train.packing=false" in str(caught.value.fix)
     assert not (tmp_path / "run").exists()
+    result, watcher = small_run(train={"max_steps": 1})  # packing is only a default here
+    assert any("padded side by side" in text for _, text in watcher.messages)
+    assert open_run(result.path).recipe.train.packing is False
 
 
 def test_the_packing_check_passes_in_bfloat16_too(small_run: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ not recognised keeps its own code and still trains. Names of children stay, so p
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,8 @@ def _route_attention(module: nn.Module) -> bool:
 
 def _fused_block(block: nn.Module) -> nn.Module | None:
     children = dict(block.named_children())
+    if len(inspect.signature(type(block).forward).parameters) != 2:  # self and x; a state space's norm takes a gate too
+        return None
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         act = _ACTIVATIONS.get(type(children["act_fn"]).__name__)
         gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))

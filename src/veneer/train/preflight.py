@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.adapters.structure import recurrent_parts
 from veneer.data.cache import prepare
 from veneer.data.conversation import Rows
 from veneer.data.dataset import TokenDataset
@@ -135,6 +136,28 @@ def make_plan(recipe: Recipe, rows: int, world: World, has_held_out: bool) -> Pl
     )
 
 
+def settle_packing(recipe: Recipe, prove: Callable[[], object]) -> tuple[Recipe, str | None]:
+    """Packing is a default where rows can be kept apart; where they cannot, rows are padded instead.
+
+    Args:
+        prove: raises a ``TrainError`` where packed rows would not be apart: :func:`check_packing`.
+
+    Returns:
+        The recipe as it can be run, and what to say where that is without packing.
+
+    Raises:
+        TrainError: the recipe itself asks for packing.
+    """
+    try:
+        prove()
+        return recipe, None
+    except TrainError as error:
+        if recipe.train.model_fields_set & {"packing", "micro_batch_tokens"} and recipe.train.packing:
+            raise
+        padded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
+        return padded, f"rows are padded side by side instead of packed, which changes speed alone: {error.what}"
+
+
 @torch.no_grad()
 def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device, share_prefix: bool = False) -> float:
     """Proves on two rows that a row in a packed micro-batch does not see its neighbour, and that a shared beginning
@@ -144,8 +167,16 @@ def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device
         The mean difference of the hidden states, relative to their mean size.
 
     Raises:
-        TrainError: packed and unpacked differ by more than rounding.
+        TrainError: packed and unpacked differ by more than rounding, or the model carries a state from row to row.
     """
+    recurrent = recurrent_parts(module)
+    if recurrent:
+        raise TrainError(
+            f"{len(recurrent)} layers of {type(module).__name__} carry a state from each token to the next, so that a "
+            "packed row would begin with the end of the row before it",
+            where=f"{recurrent[0]} ({type(module.get_submodule(recurrent[0])).__name__})",
+            fix="leave train.packing out, or set it to false",
+        )
     rows = [dataset.row(i) for i in range(min(2, len(dataset)))]
     rows = [type(r)(r.input_ids[:SELF_TEST_TOKENS], r.trained[:SELF_TEST_TOKENS], r.row_id) for r in rows]
     if len(rows) == 1:
