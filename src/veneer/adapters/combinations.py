@@ -83,6 +83,15 @@ def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) 
                 where=target.path,
                 fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
             )
+        if target.kind == "embedding" and (config.adalora_config is not None or config.use_lora_fa):
+            adalora = config.adalora_config is not None
+            raise AdapterError(
+                "AdaLoRA has no form for embeddings"
+                if adalora
+                else "LoRA-FA freezes A, and that of an embedding starts at zero: nothing would be trained",
+                where=target.path,
+                fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
+            )
         if config.init_lora_weights == "loftq" and not isinstance(layer, QuantizedLinear):
             raise AdapterError(
                 "LoftQ starts from what the codes of a quantised weight lose, and this weight is not quantised",

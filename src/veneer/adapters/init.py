@@ -29,7 +29,8 @@ def init_linear(A: Tensor, B: Tensor, method: bool | str, seed: int, key: str) -
         A: ``[r, in]``.
         B: ``[out, r]``.
         method: True (Kaiming uniform A, zero B), ``"gaussian"`` (A ~ N(0, (1/r)^2), zero B), ``"orthogonal"`` (both
-            non-zero with ``B A = 0``; ``r`` even), False (both as a fresh ``nn.Linear``).
+            non-zero with ``B A = 0``; ``r`` even), ``"adalora"`` (both ~ N(0, 0.02^2)), False (both as a fresh
+            ``nn.Linear``).
         seed: the adapter's seed.
         key: the module's key, without the factor's name.
     """
@@ -38,6 +39,9 @@ def init_linear(A: Tensor, B: Tensor, method: bool | str, seed: int, key: str) -
     a, b = torch.empty(A.shape), torch.zeros(B.shape)
     if method == "gaussian":
         a.normal_(std=1 / r, generator=for_A)
+    elif method == "adalora":
+        a.normal_(std=0.02, generator=for_A)
+        b.normal_(std=0.02, generator=for_B)
     elif method == "orthogonal":
         # Rows of one orthogonal matrix: those of the two halves are perpendicular, so that B A = 0 with neither zero.
         q, _ = torch.linalg.qr(torch.randn(r, r, generator=for_A))

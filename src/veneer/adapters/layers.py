@@ -86,6 +86,7 @@ class LoraAdapter(nn.Module):
         self.A = nn.Parameter(torch.zeros(r, width_in, dtype=master_dtype(like), device=like.device))
         self.B = nn.Parameter(torch.zeros(width_out, r, dtype=master_dtype(like), device=like.device))
         self.scaling, self.dropout, self.variants = scaling, dropout, variants
+        self.E: nn.Parameter | None = None  # [r, 1], the singular values of AdaLoRA
         self.magnitude: nn.Parameter | None = None  # [out] float32, of DoRA
         self.norm: tuple[object, Tensor] | None = None  # DoRA's row norms, and what they were computed from
 
@@ -125,6 +126,8 @@ class LoraAdapter(nn.Module):
     def portable(self) -> dict[str, Tensor]:
         """What acts, as PEFT's file has it: the plain factors ``A'`` and ``B'``, and DoRA's magnitude."""
         A, B = self.factors()
+        for variant in self.variants:
+            A, B = variant.portable(self, A, B)
         own = {} if self.magnitude is None else {MAGNITUDE: self.magnitude}
         return {"lora_A.weight": A, "lora_B.weight": B, **own}
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.adalora import trim
 from veneer.adapters.combinations import check_fit
 from veneer.adapters.config import LoraConfig
 from veneer.adapters.coverage import Coverage, coverage
@@ -132,7 +134,8 @@ class AdaptedModel:
             adapter = slot.adapters[name]
             assert isinstance(adapter, LoraAdapter)
             fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
-            fill(adapter.A, adapter.B, config.init_lora_weights, seed, KEY_PREFIX + target.path)
+            method = config.init_lora_weights if config.adalora_config is None else "adalora"
+            fill(adapter.A, adapter.B, method, seed, KEY_PREFIX + target.path)
         for stack in plan.experts:
             experts = self._slots[stack.path]
             assert isinstance(experts, LoraExperts)
@@ -270,6 +273,28 @@ class AdaptedModel:
             t.path: len(tensors[f"{KEY_PREFIX}{t.path}.lora_A.weight"]) for t in plan.lora if t.kind != "embedding"
         }
         return *with_ranks(config, plan, ranks), tensors
+
+    def linears(self, name: str | None = None) -> dict[str, LoraAdapter]:
+        """What an adapter (the active one) has at every linear, by path; factors that are shared, where they belong."""
+        name = self._known(name)
+        found: dict[str, LoraAdapter] = {}
+        for path, slot in self._slots.items():
+            if isinstance(slot, LoraLinear) and name in slot.adapters and name not in slot.followed:
+                adapter = slot.adapters[name]
+                assert isinstance(adapter, LoraAdapter)
+                found[path] = adapter
+        return found
+
+    def trim(self, name: str | None = None) -> None:
+        """Removes the ranks that AdaLoRA has dropped: the adapter is then the plain LoRA that its file holds."""
+        name = self._known(name)
+        if self.configs[name].adalora_config is None:
+            return
+        config, plan, _ = self.portable(name)
+        for adapter in self.linears(name).values():
+            trim(adapter)
+        self.configs[name], self.plans[name] = dataclasses.replace(config, adalora_config=None), plan
+        self._refresh()
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], name: str | None = None, *, where: str = "adapter state") -> None:

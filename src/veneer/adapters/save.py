@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer import __version__
+from veneer.adapters.adalora import as_plain, is_adalora
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.expert_targets import compact_parameters
@@ -144,9 +145,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     if not (folder / CONFIG).is_file():
         what = "there is no adapter here" if folder.is_dir() else "there is no such folder"
         raise AdapterError(what, where=str(folder), fix=f"give the folder that holds {CONFIG}")
-    config = LoraConfig.from_dict(_read_json(folder / CONFIG), where=str(folder / CONFIG))
-    if experts := read_record(folder).get("experts"):
-        config = dataclasses.replace(config, experts=experts)
+    data = _read_json(folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -156,7 +155,13 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
                 fix=f"convert it where you trust it: load it with PEFT and save it again, which writes {WEIGHTS}",
             )
         raise AdapterError("the weights are missing", where=str(path), fix="copy the whole adapter folder")
-    return config, {_key(key): tensor for key, tensor in _read_weights(path).items()}
+    tensors = {_key(key): tensor for key, tensor in _read_weights(path).items()}
+    if is_adalora(data):
+        data, tensors = as_plain(data, tensors, where=str(path))
+    config = LoraConfig.from_dict(data, where=str(folder / CONFIG))
+    if experts := read_record(folder).get("experts"):
+        config = dataclasses.replace(config, experts=experts)
+    return config, tensors
 
 
 def read_training_state(folder: str | Path) -> dict[str, Tensor]:

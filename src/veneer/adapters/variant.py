@@ -27,6 +27,10 @@ class Variant:
         """``g [out]`` float32, differentiable; None for ones."""
         return None
 
+    def portable(self, adapter: LoraAdapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the factors that act, those that a file needs."""
+        return A, B
+
     def tensors(self, adapter: LoraAdapter) -> dict[str, Tensor]:
         """What :meth:`start` added, by the end of its key."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from veneer.adapters.adalora import AdaLora
 from veneer.adapters.config import LoraConfig
 from veneer.adapters.dora import Dora
 from veneer.adapters.frozen_a import FrozenA
@@ -14,6 +15,8 @@ def variants_of(config: LoraConfig) -> tuple[Variant, ...]:
     found: list[Variant] = []
     if str(config.init_lora_weights).startswith(("pissa", "olora", "lora_ga")):
         found.append(Residual())
+    if config.adalora_config is not None:
+        found.append(AdaLora())
     if config.use_lora_fa:
         found.append(FrozenA())
     if config.use_dora:
