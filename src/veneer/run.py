@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -234,11 +234,15 @@ def load_model(
         An ``AdaptedModel`` with the adapter active, or a ``Base``.
 
     Raises:
-        UsageError: the folder is neither a run, nor an adapter, nor a model; the run is not finished.
+        UsageError: the folder is neither a run, nor an adapter, nor a model; the run is not finished; it is a
+            classifier (:func:`load_classifier`).
         AdapterError: the adapter is missing or does not fit; the base has other weights (both hashes are named).
         ModelError: the base cannot be loaded.
     """
     path = Path(spec).expanduser()
+    if is_classifier(path):
+        fix = f'veneer generate {spec} "TEXT" and veneer eval {spec}, or load_classifier in Python'
+        raise UsageError(f"'{spec}' is a classifier: it names classes and writes no text", where=str(path), fix=fix)
     if is_run(path):
         run = open_run(path)
         _require_adapter(run)
@@ -255,6 +259,73 @@ def load_model(
     from veneer.models import load_base
 
     return load_base(str(spec), dtype=dtype, device=device, quantize=None if quantize == "auto" else quantize)
+
+
+def is_classifier(spec: str | Path) -> bool:
+    """Whether a run or an adapter folder holds a classifier."""
+    path = Path(spec).expanduser()
+    if is_run(path) and (path / "recipe.yaml").is_file():
+        return open_run(path).recipe.is_classification
+    try:
+        return _read_object(path / "adapter_config.json").get("task_type") == "SEQ_CLS"
+    except AdapterError:
+        return False  # whoever loads it says what is wrong with the file
+
+
+def load_classifier(
+    spec: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    base: str | None = None,
+    allow_base_mismatch: bool = False,
+) -> AdaptedModel:
+    """The classifier that a run or an adapter folder stands for, with the names of its classes in ``base.labels``.
+
+    An adapter of another program, which does not say the names, gets ``LABEL_0``, ``LABEL_1``, ...
+
+    Args:
+        spec, dtype, device, base, allow_base_mismatch: as for :func:`load_model`.
+
+    Raises:
+        UsageError: it is no classifier, or the run is not finished.
+        AdapterError, ModelError: as :func:`load_model`.
+    """
+    path = Path(spec).expanduser()
+    if not is_classifier(path):
+        fix = "give a run of task: classification, or an adapter whose task_type is SEQ_CLS"
+        raise UsageError(f"'{spec}' is no classifier", where=str(path), fix=fix)
+    revision = None
+    if is_run(path):
+        run = open_run(path)
+        _require_adapter(run)
+        path = run.folder.adapter
+        dtype = dtype if dtype != "auto" else run.recipe.dtype
+        base, revision = (base, None) if base else (run.recipe.base, run.recipe.revision)
+    if base is None:
+        base, revision = recorded_base(path)
+    labels = classifier_notes(spec)["labels"] or [f"LABEL_{index}" for index in range(_classes_in(path))]
+    return _adapted(path, base, revision, dtype, device, "none", allow_base_mismatch, labels)
+
+
+def classifier_notes(spec: str | Path) -> dict[str, Any]:
+    """What a classifier's adapter says of itself: ``labels`` in their order, the training rows' most frequent one as
+    ``majority``, and whether they were ``pairs`` of texts; None for what another program did not write down.
+    """
+    path = Path(spec).expanduser()
+    record = _read_object((RunFolder(path).adapter if is_run(path) else path) / "veneer.json")
+    return {key: record.get(key) for key in ("labels", "majority", "pairs")}
+
+
+def _classes_in(adapter: Path) -> int:
+    """How many classes the head in an adapter's file has: the output layer is the narrowest of its whole matrices."""
+    from veneer.adapters.save import read_adapter
+
+    rows = [t.shape[0] for key, t in read_adapter(adapter)[1].items() if t.ndim == 2 and ".lora_" not in key]
+    if not rows:
+        fix = "save it again with the head in modules_to_save"
+        raise AdapterError("the adapter holds no classification head", where=str(adapter), fix=fix)
+    return min(rows)
 
 
 def recorded_base(adapter: Path) -> tuple[str, str | None]:
@@ -311,6 +382,7 @@ def _adapted(
     device: str,
     quantize: str,
     allow_base_mismatch: bool,
+    labels: Sequence[str] | None = None,
 ) -> AdaptedModel:
     from veneer.adapters import load_adapter
     from veneer.adapters.save import recorded_precision
@@ -321,7 +393,7 @@ def _adapted(
         trained = recorded_precision(adapter)
         stored = {} if trained is None else {"quantize": trained.config, "skip": trained.skip}
     try:
-        loaded = load_base(base, revision=revision, dtype=dtype, device=device, **stored)
+        loaded = load_base(base, revision=revision, dtype=dtype, device=device, labels=labels, **stored)
     except ModelError as error:
         what = f"the base of this adapter cannot be loaded: {error.what}"
         fix = " / ".join(part for part in (error.fix, "or say where it is with --base") if part)

@@ -44,46 +44,72 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out rows: metrics with intervals, adapter against base.
 
+    A classifier's run: accuracy, macro F1 and F1 of each class, against always saying the most frequent one.
+
     Metrics: exact_match, normalized_match, contains, number_match, regex:PATTERN, json_valid, json_exact, json_fields,
     token_f1, rouge_l, perplexity.
     """
+    from veneer.cli.classify import class_document, measure_classes
     from veneer.cli.output import console, print_json, say, short_path, stdout_reserved
     from veneer.cli.progress import Counter
-    from veneer.run import is_run, load_model, open_run
+    from veneer.run import is_classifier, is_run, load_classifier, load_model, open_run
 
     run = open_run(model) if is_run(model) else None
-    names = _metrics(metrics, run)
+    classes = is_classifier(model)
+    names = [] if classes else _metrics(metrics, run)
     with stdout_reserved(json):
         from veneer.evaluate import evaluate as measure
         from veneer.evaluate import resolve_metric, write_report
+        from veneer.evaluate.class_table import class_tables
 
         for name in names:
             resolve_metric(name)  # a slip is told before the data are read and the model is loaded
-        rows = _rows(data, format, run)
+        rows = _rows(data, "labelled" if classes and format == "auto" and run is None else format, run)
         if not quiet:
             say(rows.description)
-        loaded = load_model(model, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)
-        result = measure(
-            loaded,
-            rows,
-            metrics=names,
-            max_new_tokens=max_new_tokens or (run.recipe.eval.max_new_tokens if run else 256),
-            max_rows=max_rows,
-            batch_size=batch_size,
-            compare=compare,
-            chat_template=run.recipe.data.chat_template if run else None,
-            progress=Counter(quiet=quiet),
-        )
-        result = dataclasses.replace(result, model=model)
+        where: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "base": base,
+            "allow_base_mismatch": allow_base_mismatch,
+        }
+        if classes:
+            result = measure_classes(
+                lambda: load_classifier(model, **where),
+                model,
+                rows,
+                run,
+                metrics=metrics,
+                max_rows=max_rows,
+                batch_size=batch_size,
+                progress=Counter(quiet=quiet),
+            )
+        else:
+            result = measure(
+                load_model(model, **where),
+                rows,
+                metrics=names,
+                max_new_tokens=max_new_tokens or (run.recipe.eval.max_new_tokens if run else 256),
+                max_rows=max_rows,
+                batch_size=batch_size,
+                compare=compare,
+                chat_template=run.recipe.data.chat_template if run else None,
+                progress=Counter(quiet=quiet),
+            )
+            result = dataclasses.replace(result, model=model)
         saved = output or (run.folder.eval_folder / f"{_name(rows, max_rows)}.json" if run else None)
         if saved is not None:
             result.save(saved)
         if run is not None and output is None:
             write_report(run.path)
     if json:
-        print_json({**result.to_dict(), "saved": str(saved) if saved else None})
+        document = (
+            class_document(result, saved) if classes else {**result.to_dict(), "saved": str(saved) if saved else None}
+        )
+        print_json(document)
         return
-    console().print(result.table())
+    for table in class_tables(result) if classes else [result.table()]:
+        console().print(table)
     print(result.verdict())
     if saved is not None:
         print(f"rows: {short_path(saved)}")

@@ -26,6 +26,7 @@ from veneer.cli.options import (
 from veneer.errors import UsageError
 
 if TYPE_CHECKING:
+    from veneer.adapters import AdaptedModel
     from veneer.cli.speaker import Speaker
 
 
@@ -64,10 +65,12 @@ def generate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer prompts."""
+    """Answer prompts; a classifier's run names the class of each text, with its probability."""
+    from veneer.cli.classify import predict_classes, prediction_document, print_predictions
     from veneer.cli.output import print_json, say, stdout_reserved
     from veneer.cli.progress import Counter
     from veneer.cli.speaker import Sampling, open_speaker
+    from veneer.run import is_classifier, load_classifier
 
     if data is not None and (prompts or system or raw):
         raise UsageError("--data brings prompts of its own", where="--data", fix="leave PROMPT, --system and --raw out")
@@ -78,6 +81,23 @@ def generate(
         raise UsageError(
             "there is no prompt", where="PROMPT", fix="give one in quotes, one a line on stdin, or --data FILE"
         )
+    if is_classifier(model):
+        for option, given in {"--system": system, "--raw": raw, "--both": compare, "--stop": stop}.items():
+            if given:
+                raise UsageError("a classifier writes no text", where=option, fix="leave it out")
+        with stdout_reserved(json):
+
+            def load() -> AdaptedModel:
+                return load_classifier(
+                    model, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch
+                )
+
+            labels = predict_classes(load, model, texts, data, max_rows=max_rows, batch_size=batch_size)
+        if json:
+            print_json({"model": model, "answers": prediction_document(labels)})
+        else:
+            print_predictions(labels)
+        return
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ()), batch_size)
     with stdout_reserved(json):
         speaker = open_speaker(model, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)

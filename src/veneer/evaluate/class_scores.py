@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veneer.evaluate.bootstrap import CONFIDENCE, RESAMPLES, Estimate, PairedEstimate
+from veneer.evaluate.evaluation import Evaluation
+
+ACCURACY, MACRO_F1 = "accuracy", "macro_f1"
+CONFIDENCE_SCORE = "confidence"  # in a row's scores: the probability of the class that was predicted
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -111,6 +115,19 @@ def bootstrap_f1(
         )
         per_class.append(estimate(np.nan_to_num(value), sample) if known else None)
     return estimate(np.nanmean(measured, -1), np.nanmean(drawn, -1)), per_class
+
+
+def confusion_of(evaluation: Evaluation) -> tuple[list[str], Counts]:
+    """``(names [C], matrix [C, C])`` of an evaluation of a classifier: rows are references, columns predictions."""
+    rows = [(row.reference, row.prediction or "") for row in evaluation.rows]
+    known = [name.removeprefix(f"{MACRO_F1}.") for name in evaluation.metrics if name.startswith(f"{MACRO_F1}.")]
+    place = {name: index for index, name in enumerate(known)}  # every class that occurs has an F1, in the labels' order
+    return known, confusion([place[a] for a, _ in rows], [place[b] for _, b in rows], len(known))
+
+
+def is_classification(evaluation: Evaluation) -> bool:
+    """Whether an evaluation is of a classifier, with the majority class in the base's place."""
+    return MACRO_F1 in evaluation.metrics
 
 
 def _f1(sums: Floats, classes: int) -> Floats:

@@ -18,13 +18,10 @@ from veneer.data.labelled import LabelledRow
 from veneer.data.render import named
 from veneer.errors import DataError, UsageError
 from veneer.evaluate.bootstrap import CONFIDENCE, RESAMPLES, PairedEstimate, bootstrap_mean
-from veneer.evaluate.class_scores import Floats, bootstrap_f1
+from veneer.evaluate.class_scores import ACCURACY, CONFIDENCE_SCORE, MACRO_F1, Floats, bootstrap_f1
 from veneer.evaluate.evaluation import Evaluation, MetricResult, RowResult
 from veneer.models import Base
 from veneer.models.classifier import class_logits, longest_row, pad_id_of_classifier
-
-ACCURACY, MACRO_F1 = "accuracy", "macro_f1"
-CONFIDENCE_SCORE = "confidence"  # in a row's scores: the probability of the class that was predicted
 
 Progress = Callable[[str, int, int], None]
 
@@ -211,11 +208,6 @@ def shown_text(row: object) -> str:
     """A row's text as a reader sees it, the second one of a pair on a line of its own."""
     assert isinstance(row, LabelledRow)
     return row.text or "" if row.pair is None else f"{row.text}\n{row.pair}"
-
-
-def is_classification(evaluation: Evaluation) -> bool:
-    """Whether an evaluation is of a classifier, with the majority class in the base's place."""
-    return MACRO_F1 in evaluation.metrics
 
 
 def _metrics(rows: Sequence[RowResult], labels: Sequence[str], seed: int, resamples: int) -> dict[str, MetricResult]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from veneer.evaluate.class_scores import is_classification
 from veneer.evaluate.evaluation import RowResult, label
 from veneer.evaluate.markup import Html, marked, plain, section, tag
 from veneer.evaluate.metrics import METRICS, resolve_metric
@@ -27,6 +28,8 @@ def samples(record: RunRecord) -> Html:
     if not found:
         return _latest_answers(record)
     evaluation, name = found
+    if is_classification(evaluation):  # its predictions stand in the section of its classes
+        return Html("")
     rows = [row for row in evaluation.rows if row.prediction is not None]
     if not rows:
         return _latest_answers(record)

@@ -13,7 +13,6 @@ from veneer.evaluate.evaluation import (
     format_value,
     is_field,
     is_rate,
-    label,
     plural,
     shown_metrics,
 )
@@ -21,6 +20,7 @@ from veneer.evaluate.markup import Html, duration, esc, section, tag
 from veneer.evaluate.metrics import METRICS, resolve_metric
 from veneer.evaluate.record import RunRecord, headline_evaluation, points
 from veneer.evaluate.section_answers import samples, timeline
+from veneer.evaluate.section_classes import classes, description_of, sides, title_of
 from veneer.evaluate.section_origin import data_summary, footer, mask_example, provenance, recipe
 
 # --- the head --------------------------------------------------------------------------------------------------------
@@ -54,13 +54,13 @@ def hero(record: RunRecord) -> Html:
     figures = None
     if found:
         evaluation, name = found
-        result = evaluation.metrics[name]
+        result, (before, after) = evaluation.metrics[name], sides(evaluation)
         if result.base_value is not None and result.difference is not None:
             figures = tag(
                 "div",
-                tag("div", tag("span", "base"), tag("b", format_value(name, result.base_value)), class_="figure base"),
+                tag("div", tag("span", before), tag("b", format_value(name, result.base_value)), class_="figure base"),
                 tag("div", "→", class_="arrow", aria_hidden="true"),
-                tag("div", tag("span", "adapter"), tag("b", format_value(name, result.value)), class_="figure after"),
+                tag("div", tag("span", after), tag("b", format_value(name, result.value)), class_="figure after"),
                 class_=f"figures {result.verdict}",
             )
     tiles = [tag("div", tag("dt", name), tag("dd", value)) for name, value in _facts(record)]
@@ -116,7 +116,7 @@ def comparison(evaluation: Evaluation, title: str) -> Html:
     )
     rows = [_metric_row(name, result, evaluation, largest * 1.08) for name, result in shown_metrics(evaluation.metrics)]
     compared = evaluation.compared
-    heads = ["metric", "", "base", "adapter", "difference"] if compared else ["metric", "", "value"]
+    heads = ["metric", "", *sides(evaluation), "difference"] if compared else ["metric", "", "value"]
     head = tag("thead", tag("tr", *[tag("th", text, scope="col") for text in heads]))
     rate = next((r for n, r in evaluation.metrics.items() if is_rate(n)), None)
     note = (
@@ -141,7 +141,7 @@ def _where_from(evaluation: Evaluation) -> str:
     if evaluation.data_source:
         parts[0] += f" of {evaluation.data_source}"
     texts = any(row.prediction is not None for row in evaluation.rows)
-    if texts:
+    if texts and evaluation.max_new_tokens:
         parts.append(f"greedy decoding, at most {evaluation.max_new_tokens:,} new tokens")
     if evaluation.cut or evaluation.base_cut:
         who = [
@@ -158,7 +158,7 @@ def _where_from(evaluation: Evaluation) -> str:
 def _metric_row(name: str, result: MetricResult, evaluation: Evaluation, largest: float) -> Html:
     part = is_field(name, evaluation.metrics)
     scale = 1.0 if is_rate(name) else largest
-    title = name.partition(".")[2] if part else label(name)
+    title = name.partition(".")[2] if part else title_of(name)
     told = None if part else _description(name)
     bars = [_bar("after", result.value, result.low, result.high, scale)]
     cells: list[Html] = []
@@ -194,6 +194,8 @@ def _metric_row(name: str, result: MetricResult, evaluation: Evaluation, largest
 
 
 def _description(name: str) -> str:
+    if told := description_of(name):
+        return told
     metric = METRICS.get(name) or resolve_metric(name)
     return metric.description + ("" if metric.higher_is_better else "; lower is better")
 
@@ -234,7 +236,7 @@ def curves(record: RunRecord) -> Html:
     usual = {"eval_loss", "eval_perplexity"}
     for key in names:
         if key not in usual and "." not in key and len(found := points(record.held_out, key)) > 1:
-            title = label(key.removeprefix("eval_")) + ", held-out"
+            title = title_of(key.removeprefix("eval_")) + ", held-out"
             small.append(line_chart(title, [Series("", found, "held", note=number(found[-1][1]), dots=True)]))
     small = [chart for chart in small if chart]
     columns = 2 if len(small) in (2, 4) else min(3, len(small))  # full rows where the page is wide
@@ -265,6 +267,7 @@ def all_sections(record: RunRecord) -> Iterable[Html]:
     many = len(record.evaluations) > 1
     for name, evaluation in record.evaluations.items():
         yield comparison(evaluation, f"Before and after: {name}" if many else "Before and after")
+    yield classes(record)
     yield curves(record)
     yield samples(record)
     yield timeline(record)
