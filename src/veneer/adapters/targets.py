@@ -218,7 +218,9 @@ def _tied(targets: tuple[LoraTarget, ...], modules: Mapping[str, nn.Module]) -> 
     first: dict[tuple[object, ...], LoraTarget] = {}
     found = []
     for target in targets:
-        same = first.setdefault((id(modules[target.path].weight), target.kind, target.r, target.lora_alpha), target)
+        # What is in codes is tied to nothing, and has no weight that stays: the next one could have its id.
+        weight = modules[target.path]._parameters.get("weight", modules[target.path])
+        same = first.setdefault((id(weight), target.kind, target.r, target.lora_alpha), target)
         found.append(target if same is target else replace(target, tied_to=same.path))
     return tuple(found)
 
@@ -230,7 +232,7 @@ def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
     smaller = min(module.weight.shape)  # type: ignore[arg-type]  # kind_of has seen that it is a matrix
     is_named = pattern_for(config.rank_pattern, path) is not None
     if config.target_modules == ALL_LINEAR and not is_named and r > smaller:
-        # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as the others.
+        # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as others.
         alpha, r = alpha * (math.sqrt(smaller / r) if config.use_rslora else smaller / r), smaller
     return LoraTarget(path, kind, r, alpha)
 
