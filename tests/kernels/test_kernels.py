@@ -276,6 +276,26 @@ class TestDocumentAttention:
         alone = document_attention(q[:, whole], k[:, whole], v[:, whole], [7], 0.3, window)
         assert_close_relative(shared[:, 9:].detach(), alone[:, 4:].detach(), 1e-12)
 
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_sinks_take_their_part_and_values_may_be_narrower(
+        self, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(attention, "TILE", 2)
+        q, k, v = randn(4, 9, 5, grad=True), randn(2, 9, 5, grad=True), randn(2, 9, 3, grad=True)
+        sinks = randn(4, scale=3.0)
+
+        def call(*t: Tensor) -> Tensor:
+            return document_attention(*t, [4, 5], 0.3, 4, softcap, sinks=sinks)
+
+        assert torch.autograd.gradcheck(call, (q, k, v))
+        expected = document_attention_reference(q, k, v, [4, 5], 0.3, 4, softcap, sinks=sinks)
+        assert_close_relative(call(q, k, v), expected, 1e-12)
+        # By hand, the first position sees itself and the sink: its value times the sigmoid of their difference.
+        score = (q[:, 0] * k.repeat_interleave(2, 0)[:, 0]).sum(-1) * 0.3
+        score = score if softcap is None else softcap * torch.tanh(score / softcap)
+        first = torch.sigmoid(score - sinks)[:, None] * v.repeat_interleave(2, 0)[:, 0]
+        assert_close_relative(call(q, k, v)[:, 0], first, 1e-12)
+
     def test_a_shared_beginning_must_be_the_first_document(self) -> None:
         q = randn(2, 5, 4)
         with pytest.raises(ValueError, match="first document"):

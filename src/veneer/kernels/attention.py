@@ -40,6 +40,7 @@ def document_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     prefix: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The operation in plain PyTorch with one dense mask; the oracle of :func:`document_attention`."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
@@ -55,7 +56,10 @@ def document_attention_reference(
     scores = (q @ k.repeat_interleave(groups, 0).transpose(-1, -2)).to(wide) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1).to(q.dtype)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(*scores.shape[:2], 1)), -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[1]].to(q.dtype)
     return weights @ v.repeat_interleave(groups, 0)
 
 
@@ -68,23 +72,25 @@ def document_attention(
     window: int | None = None,
     softcap: float | None = None,
     prefix: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention, isolated per document.
 
     Args:
-        q: ``[H, T, D]``; k, v: ``[K, T, D]`` with ``H`` a multiple of ``K``.
+        q: ``[H, T, D]``; k: ``[K, T, D]`` with ``H`` a multiple of ``K``; v: ``[K, T, E]``, usually with ``E = D``.
         lengths: the documents' lengths, summing to ``T``.
         scaling: factor on the scores, usually ``1 / sqrt(D)``.
         window: a position sees this many positions back at most, itself included (sliding window).
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         prefix: 0, or the length of the first document, which is then the beginning that all others share.
+        sinks: ``[H]``, frozen: a score of each head that takes its part of the softmax and has no value (gpt-oss).
 
     Returns:
-        ``[H, T, D]`` in ``q``'s dtype.
+        ``[H, T, E]`` in ``q``'s dtype.
     """
     if prefix not in (0, lengths[0]):
         raise ValueError(f"a shared beginning of {prefix} positions must be the first document, of {lengths[0]}")
-    result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap, prefix)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap, prefix, sinks)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -121,12 +127,24 @@ def _mask(rows: int, keys: int, groups: int, window: int | None, dtype: torch.dt
     return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(blocked, float("-inf")).repeat(groups, 1)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """``(P [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``."""
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``(P [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``.
+
+    With sinks the rows of ``P`` sum to less than one, and its gradient keeps its form: a sink has no value.
+    """
+    tanh = None
     if softcap is None:
-        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), -1), None
-    tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scaling / softcap))
-    return torch.softmax(tanh * softcap + mask, -1), tanh
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
+    else:
+        tanh = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scaling / softcap))
+        scores = tanh * softcap + mask
+    if sinks is None:
+        return torch.softmax(scores, -1), tanh
+    heads = sinks.to(q.dtype).view(len(q), -1, 1).expand(-1, -1, q.shape[1] * len(q) // len(sinks))
+    scores = torch.cat((scores, heads.reshape(*q.shape[:2], 1)), -1)
+    return torch.softmax(scores, -1)[..., :-1].contiguous(), tanh
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -141,24 +159,25 @@ class _DocumentAttention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
         prefix: int,
+        sinks: Tensor | None,
     ) -> Tensor:
         heads, _, size = q.shape
         groups = heads // k.shape[0]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
         for row, end, first, shared in _tiles(lengths, window, prefix):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
             mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
-            weights, _ = _weights(qt, kt, mask, scaling, softcap)
-            out[:, row:end] = torch.bmm(weights, vt).view(heads, end - row, size)
-        ctx.save_for_backward(q, k, v)
+            weights, _ = _weights(qt, kt, mask, scaling, softcap, sinks)
+            out[:, row:end] = torch.bmm(weights, vt).view(heads, end - row, -1)
+        ctx.save_for_backward(q, k, v, sinks)
         ctx.arguments = (lengths, scaling, window, softcap, prefix)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, sinks = ctx.saved_tensors
         lengths, scaling, window, softcap, prefix = ctx.arguments
         heads, _, size = q.shape
         groups = heads // k.shape[0]
@@ -166,11 +185,11 @@ class _DocumentAttention(torch.autograd.Function):
         dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
         dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
         for row, end, first, shared in _tiles(lengths, window, prefix):
-            shape = (k.shape[0], groups * (end - row), size)
-            qt, dot = q[:, row:end].reshape(shape), dout[:, row:end].reshape(shape)
+            rows = groups * (end - row)
+            qt, dot = (t[:, row:end].reshape(len(k), rows, t.shape[2]) for t in (q, dout))
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
             mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
-            weights, tanh = _weights(qt, kt, mask, scaling, softcap)
+            weights, tanh = _weights(qt, kt, mask, scaling, softcap, sinks)
             _add_keys(dv, torch.bmm(weights.transpose(1, 2), dot), first, end, shared)
             dweights = torch.bmm(dot, vt.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scaling)
@@ -179,4 +198,4 @@ class _DocumentAttention(torch.autograd.Function):
             dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)
             _add_keys(dk, torch.bmm(ds.transpose(1, 2), qt), first, end, shared)
             del weights, tanh, dweights, ds  # else they are there while the next tile's are made
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None

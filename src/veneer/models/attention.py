@@ -34,36 +34,39 @@ def attention(
     softcap: float | None = None,
     document_lengths: Sequence[int] | None = None,
     shared_prefix: int = 0,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface.
 
     Args:
-        query: ``[B, H, T, D]``; key, value: ``[B, K, S, D]``.
+        query: ``[B, H, T, D]``; key: ``[B, K, S, D]``; value: ``[B, K, S, E]``, usually with ``E = D``.
         attention_mask: ``[B, 1, T, S]`` bool (True: may be seen), or None for plain causal attention; not looked at
             when ``document_lengths`` is given.
         document_lengths: the lengths of the documents in each row, summing to ``T``; every row has the same.
         shared_prefix: 0, or (with one row) the length of the first document, which all others begin with.
+        s_aux: ``[H]``, gpt-oss's sinks: scores that take their part of the softmax and have no value.
 
     Returns:
-        ``[B, T, H, D]`` and None (weights are never returned).
+        ``[B, T, H, E]`` and None (weights are never returned).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if document_lengths is None and softcap is None and query.shape[2] == 1 and not dropout:
+    is_plain = document_lengths is None and softcap is None and s_aux is None
+    if is_plain and query.shape[2] == 1 and not dropout:
         return _one_token(query, key, value, attention_mask, scale), None
-    if document_lengths is None and softcap is None:
+    if is_plain:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs
         )
         return output
     if document_lengths is None:
-        return _masked_attention(query, key, value, attention_mask, scale, softcap), None
-    batch, heads, length, size = query.shape
+        return _masked_attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+    batch, heads, length, _ = query.shape
     # Rows become documents of one long row: [B, H, T, D] -> [H, B * T, D].
-    q, k, v = (t.transpose(0, 1).reshape(t.shape[1], batch * length, size) for t in (query, key, value))
+    q, k, v = (t.transpose(0, 1).reshape(t.shape[1], batch * length, t.shape[3]) for t in (query, key, value))
     lengths = list(document_lengths) * batch
-    out = document_attention(q, k, v, lengths, scale, sliding_window, softcap, shared_prefix)
-    return out.view(heads, batch, length, size).permute(1, 2, 0, 3), None
+    out = document_attention(q, k, v, lengths, scale, sliding_window, softcap, shared_prefix, s_aux)
+    return out.view(heads, batch, length, -1).permute(1, 2, 0, 3), None
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -71,13 +74,13 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     batch, heads, _, size = q.shape
     grouped = q.view(batch, k.shape[1], heads // k.shape[1], size)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return out.view(batch, 1, heads, size)
+    return out.view(batch, 1, heads, -1)
 
 
 def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention with a soft cap on the scores (Gemma 2), which SDPA does not have."""
+    """Attention with a soft cap on the scores (Gemma 2) or with sinks (gpt-oss), which SDPA does not have."""
     groups = q.shape[1] // k.shape[1]
     scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
     if softcap is not None:
@@ -86,7 +89,9 @@ def _masked_attention(
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    out = torch.softmax(scores, -1).to(q.dtype) @ v.repeat_interleave(groups, 1)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    out = torch.softmax(scores, -1)[..., : k.shape[2]].to(q.dtype) @ v.repeat_interleave(groups, 1)
     return out.transpose(1, 2)
 
 
