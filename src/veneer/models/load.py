@@ -161,7 +161,16 @@ def load_base(
         template_hash=hash_template(tokenizer.chat_template),
     )
     fused = fuse(module)
-    return Base(module, tokenizer, identity, str(spec), fused, quantized, tuple(labels or ()), head)
+    return Base(
+        module=module,
+        tokenizer=tokenizer,
+        identity=identity,
+        spec=str(spec),
+        fused=fused,
+        quantized=quantized,
+        labels=tuple(labels or ()),
+        head=head,
+    )
 
 
 def load_tokenizer(
