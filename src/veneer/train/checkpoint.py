@@ -4,6 +4,7 @@
         adapter/                 the adapter, in PEFT's format
         optimizer.safetensors    the moments, flat, with the layout's hash as metadata
         rng.safetensors          the states of torch's generators
+        hook.safetensors         what the adapter's variant keeps between steps, where it keeps something
         trainer.json             step, rows consumed, best value, early-stop counters, guards
         COMPLETE                 {file: SHA-256} of everything above
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from veneer.errors import StorageError, TrainError
 from veneer.files import atomic_folder, sha256_file, storage_errors, write_json
 
-COMPLETE = "COMPLETE"
+COMPLETE, HOOK = "COMPLETE", "hook.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -42,6 +43,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     optimizer_layout: str
     rng: dict[str, Tensor]
+    hook: dict[str, Tensor]
 
     @property
     def adapter(self) -> Path:
@@ -61,12 +63,14 @@ def save_checkpoint(
     optimizer: dict[str, Tensor],
     optimizer_layout: str,
     rng: dict[str, Tensor],
+    hook: dict[str, Tensor] | None = None,
     save_adapter: Callable[[Path], object],
 ) -> Path:
     """Writes the checkpoint of ``step``; one that is there already is replaced once the new one is whole.
 
     Args:
         folder: the run's ``checkpoints/``.
+        hook: the state of the step's :class:`~veneer.train.step_hook.StepHook`.
         save_adapter: writes the adapter into the folder it is given.
 
     Raises:
@@ -77,6 +81,8 @@ def save_checkpoint(
         save_adapter(temporary / "adapter")
         _write_tensors(temporary / "optimizer.safetensors", optimizer, {"layout": optimizer_layout})
         _write_tensors(temporary / "rng.safetensors", rng)
+        if hook:
+            _write_tensors(temporary / HOOK, hook)
         write_json(temporary / "trainer.json", state)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         hashes = {path.relative_to(temporary).as_posix(): sha256_file(path) for path in files}
@@ -99,8 +105,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     optimizer, metadata = _read_tensors(path / "optimizer.safetensors")
     rng, _ = _read_tensors(path / "rng.safetensors")
+    hook = _read_tensors(path / HOOK)[0] if (path / HOOK).is_file() else {}
     state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    return Checkpoint(path, state, optimizer, metadata.get("layout", ""), rng)
+    return Checkpoint(path, state, optimizer, metadata.get("layout", ""), rng, hook)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

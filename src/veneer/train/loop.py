@@ -38,6 +38,7 @@ from veneer.train.sampler import step_rows
 from veneer.train.schedule import multiplier
 from veneer.train.sft import Objective, ObjectiveOutput
 from veneer.train.state import Plan, TrainerState
+from veneer.train.step_hook import StepHook
 
 
 class Recorder(Protocol):
@@ -69,6 +70,7 @@ class Trainer:
         stop: the request to stop.
         checkpoints: the folder that checkpoints are written into.
         save_adapter: writes the adapter into a folder.
+        hook: what the adapter's variant does in a step beside the loss.
         evaluate: ``(step) -> values`` on held-out rows, or None. Step 0 is the base before training.
     """
 
@@ -85,6 +87,7 @@ class Trainer:
     stop: StopRequest
     checkpoints: Path
     save_adapter: Callable[[Path], object]
+    hook: StepHook = dataclasses.field(default_factory=StepHook)
     evaluate: Callable[[int], dict[str, float]] | None = None
     micro_batches: Callable[[Sequence[int], TokenDataset, Layout], Iterator[Batch]] = micro_batches
 
@@ -146,7 +149,9 @@ def train_step(t: Trainer, prepare_noise: Callable[[Batch, int], None]) -> bool:
     sums, bad_rows = _add_up(world, outputs, stop=t.stop.requested)
     world.sum_(t.optimizer.grad)
     loss = sums["loss"] / sums["trained"] if sums["trained"] else math.nan
-    grad_norm = t.optimizer.finish_gradient(max(sums["trained"], 1.0), plan.max_grad_norm)
+    trained = max(sums["trained"], 1.0)
+    figures = t.hook.add_gradient(trained)
+    grad_norm = t.optimizer.finish_gradient(trained, plan.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise not_finite(
             step=state.step + 1,
@@ -160,7 +165,9 @@ def train_step(t: Trainer, prepare_noise: Callable[[Batch, int], None]) -> bool:
     if state.step < GRADIENT_STEPS:
         _warn(t, state.guards.gradients(state.step + 1, t.optimizer.names, t.optimizer.nonzero_gradients()))
     rate = plan.learning_rate * multiplier(plan.lr_scheduler_type, state.step, plan.total_steps, plan.warmup_steps)
+    t.hook.before_step(state.step + 1)
     t.optimizer.step(rate)
+    t.hook.after_step(state.step + 1)
 
     state.step += 1
     state.rows_consumed += len(indices)
@@ -173,7 +180,7 @@ def train_step(t: Trainer, prepare_noise: Callable[[Batch, int], None]) -> bool:
         state.window[name] = state.window.get(name, 0.0) + value
     _warn(t, state.guards.loss(state.step, loss))
     if state.step % plan.logging_steps == 0 or state.step >= plan.total_steps:
-        t.recorder.step(_step_line(state, len(t.dataset), grad_norm, rate))
+        t.recorder.step(_step_line(state, len(t.dataset), grad_norm, rate) | figures)
         state.window = {}
     return stop
 
@@ -195,10 +202,10 @@ def evaluation_step(t: Trainer) -> bool:
     improved = False
     if state.step == 0:
         state.base_value = value
-    elif value is not None and state.is_better(value, plan.greater_is_better):
+    elif value is not None and t.hook.is_final(state.step) and state.is_better(value, plan.greater_is_better):
         state.best_value, state.best_step, improved = value, state.step, True
         state.evaluations_without_gain = 0
-    else:
+    elif t.hook.is_final(state.step):
         state.evaluations_without_gain += 1
         patience = plan.early_stopping_patience
         state.early_stopped = patience is not None and state.evaluations_without_gain >= patience
@@ -221,6 +228,7 @@ def checkpoint_step(t: Trainer) -> None:
             optimizer=t.optimizer.state(),
             optimizer_layout=t.optimizer.layout,
             rng=rng_state(),
+            hook=t.hook.state(),
             save_adapter=t.save_adapter,
         )
         rotate(t.checkpoints, t.plan.save_total_limit, t.state.best_step)

@@ -39,6 +39,7 @@ from veneer.train.classification import (
 )
 from veneer.train.distributed import World
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
+from veneer.train.hooks import step_hook
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
 from veneer.train.loop import Trainer, train_loop
@@ -57,6 +58,7 @@ from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics,
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
 from veneer.train.sft import sft
 from veneer.train.state import Plan, TrainerState
+from veneer.train.step_hook import StepHook
 from veneer.train.track import open_trackers
 
 OBJECTIVES = {"sft": sft, "classification": classification}
@@ -153,9 +155,10 @@ class Session:
         )
         if settings.optim != "adamw":
             self.progress.message(optimizer.description)
+        hook = step_hook(adapted, optimizer, self.plan.total_steps)
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
-        state = self._restored(optimizer, info) if resume and begun else TrainerState()
+        state = self._restored(optimizer, hook, info) if resume and begun else TrainerState()
         with ExitStack() as stack:
             stack.enter_context(gradient_checkpointing(adapted.module, settings.gradient_checkpointing))
             record = self._open_record(info, state, overwrite) if world.is_main else SilentRecord()
@@ -173,6 +176,7 @@ class Session:
                 device=self.base.device,
                 recorder=record,
                 stop=stop,
+                hook=hook,
                 checkpoints=self.folder.checkpoints,
                 save_adapter=lambda target: adapted.save(target, extra=self._notes(state.step), training_state=True),
                 evaluate=self._evaluate if self.held_out is not None else None,
@@ -183,6 +187,8 @@ class Session:
                 with stop.listening():
                     interrupted = train_loop(trainer)
                 self._keep_best(state, record)
+                if not interrupted:
+                    adapted.trim()
             except BaseException as error:
                 if isinstance(record, RunRecord):
                     record.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", _reason(error))
@@ -347,8 +353,8 @@ class Session:
             },
         )
 
-    def _restored(self, optimizer: FlatAdamW, info: RunInfo) -> TrainerState:
-        """The state, adapter, optimizer and generators of the checkpoint to go on from."""
+    def _restored(self, optimizer: FlatAdamW, hook: StepHook, info: RunInfo) -> TrainerState:
+        """The state, adapter, optimizer, hook and generators of the checkpoint to go on from."""
         check_same_run(self.folder, self.recipe, info)
         own = str(find_checkpoint(self.folder, self.progress.message) or "") if self.world.is_main else ""
         path = self.world.gather(own)[0]  # the first process chooses for all
@@ -357,6 +363,7 @@ class Session:
         checkpoint = open_checkpoint(Path(path), optimizer.layout)
         self.adapted.load_state(read_training_state(checkpoint.adapter), where=str(checkpoint.adapter))
         optimizer.load_state(checkpoint.optimizer)
+        hook.load_state(checkpoint.hook)
         set_rng_state(checkpoint.rng)
         return TrainerState.from_dict(checkpoint.state)
 
