@@ -16,6 +16,7 @@ _WHERE = {
     "AdaptedModel": "veneer.adapters",
     "attach": "veneer.adapters",
     "Base": "veneer.models",
+    "add_tokens": "veneer.models",
     "load_base": "veneer.models",
     "save_base": "veneer.models",
     "generate": "veneer.generate",
@@ -32,6 +33,7 @@ __all__ = [
     "LoraConfig",
     "VeneerError",
     "__version__",
+    "add_tokens",
     "attach",
     "evaluate",
     "generate",
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from veneer.errors import VeneerError
     from veneer.evaluate import evaluate
     from veneer.generate.generate import generate
-    from veneer.models import Base, load_base, save_base
+    from veneer.models import Base, add_tokens, load_base, save_base
     from veneer.ship import inspect_adapter, resize_adapter
     from veneer.train import train
 

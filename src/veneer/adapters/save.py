@@ -26,6 +26,7 @@ from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.expert_targets import compact_parameters
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
+from veneer.adapters.new_tokens import TOKENIZER_FILES, add_recorded, added_to, write_tokenizer
 from veneer.adapters.precision import Precision, precision_of
 from veneer.adapters.slots import base_modules
 from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve, stable_patterns
@@ -34,7 +35,7 @@ from veneer.files import atomic_folder, write_json
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
 TRAINING = "training_state.safetensors"  # of a variant that trains other tensors than those that its file holds
-_OURS = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md"}
+_OURS = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md", *TOKENIZER_FILES}
 
 _log = logging.getLogger("veneer.adapters")
 
@@ -75,7 +76,10 @@ def save_adapter(
     record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
     if any(stack.experts is not None for stack in plan.experts):  # PEFT's layout has zeros for the others
         record["experts"] = {t.path: list(t.experts or range(t.count)) for t in plan.experts}
+    if added := added_to(adapted.base):
+        record["added_tokens"] = added
     with atomic_folder(target) as temporary:
+        write_tokenizer(adapted.base, temporary)
         write_json(temporary / CONFIG, _file_config(adapted, config, plan))
         for file, held in ((WEIGHTS, tensors), (TRAINING, {} if is_same else own)):
             if held or file == WEIGHTS:
@@ -115,6 +119,8 @@ def load_adapter(
         _check_base(folder, adapted.base.identity)
     warning = None if allow_other_precision else _other_precision(folder, adapted.base)
     where = str(folder / WEIGHTS)
+    recorded = read_record(folder).get("added_tokens") or {}
+    add_recorded(adapted.base, recorded, is_adapted=bool(adapted.configs), where=str(folder / RECORD))
     plan = resolve(adapted.module, config, from_file=True)
     tensors = _without_base_copies(adapted.module, plan, tensors, where)
     before = adapted.active_names

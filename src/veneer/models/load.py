@@ -33,6 +33,7 @@ from veneer.models.quantized_load import Progress, load_quantized
 from veneer.models.quantized_read import refuse_codes
 from veneer.models.source import find
 from veneer.models.strict import check_finite, load_module, quiet, shortlist
+from veneer.models.vocabulary import add_tokens
 from veneer.quant import QuantConfig
 from veneer.runtime import resolve_device, resolve_dtype
 
@@ -49,6 +50,7 @@ class Base:
     quantized: Quantized | None = None  # which weights are in codes, measured
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
     head: tuple[str, ...] = ()  # of a classifier: the modules that an adapter has to train and save whole
+    added_tokens: dict[str, int] = field(default_factory=dict)  # by add_tokens, with their ids
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +73,10 @@ class Base:
     def nbytes(self) -> int:
         """Bytes of all weights as they lie now."""
         return held_bytes(self.module)
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int] | dict[str, list[int]]:
+        """New tokens, in place: :func:`veneer.models.vocabulary.add_tokens`."""
+        return add_tokens(self, tokens)
 
 
 def load_base(

@@ -128,6 +128,10 @@ class AdapterRecipe(Section):
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
         default=None, description="token ids whose embedding rows are trained"
     )
+    add_tokens: Texts | None = Field(
+        default=None,
+        description="texts that each become one new token, whose rows are trained and saved with the adapter",
+    )
 
 
 class DataRecipe(Section):

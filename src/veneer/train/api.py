@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from veneer.adapters import AdaptedModel, LoraConfig, attach
 from veneer.data.conversation import Rows
 from veneer.errors import UsageError, did_you_mean
 from veneer.models import Base
+from veneer.models.vocabulary import with_new_rows
 from veneer.recipe import AdapterRecipe, DataRecipe, EvalRecipe, Recipe, TrainRecipe, load_recipe, recipe_from
 from veneer.recipe.schema import CLASSIFICATION
 from veneer.run import RunFolder
@@ -48,6 +50,7 @@ def train_recipe(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
+    new_tokens = settings.pop("add_tokens", ())
     config = LoraConfig(**settings)  # before anything that takes long
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
@@ -56,6 +59,10 @@ def train_recipe(
             config = for_classifier(config, base)
         else:
             recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
+        if new_tokens:
+            base.add_tokens(new_tokens)
+            wanted = with_new_rows(base, config.trainable_token_indices, config.modules_to_save or ())
+            config = replace(config, trainable_token_indices=wanted)
         adapted = attach(base, config, seed=recipe.train.seed)
         session = Session(adapted, base, recipe, rows, held_out, world, progress)
         return session.run(resume=resume, overwrite=overwrite)
@@ -140,6 +147,8 @@ def _recipe_of(
     assert model.active is not None
     config = model.configs[model.active].settings()
     adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
+    if base.added_tokens:
+        adapter["add_tokens"] = list(base.added_tokens)
     dtype = str(base.dtype).removeprefix("torch.")
     stored = {"scheme": "none"} if base.quantized is None else base.quantized.record()
     if base.labels:

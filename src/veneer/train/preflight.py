@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.adapters import AdaptedModel
 from veneer.adapters.structure import recurrent_parts
+from veneer.adapters.targets import inside
 from veneer.data.cache import prepare
 from veneer.data.conversation import Rows
 from veneer.data.dataset import TokenDataset
@@ -21,6 +23,7 @@ from veneer.data.pack import collate_packed
 from veneer.data.read import read
 from veneer.data.split import split
 from veneer.errors import DataError, TrainError, VeneerError
+from veneer.models import Base
 from veneer.models.head import hidden_states
 from veneer.recipe import LOSS, DataRecipe, Recipe
 from veneer.train.distributed import World
@@ -134,6 +137,27 @@ def make_plan(recipe: Recipe, rows: int, world: World, has_held_out: bool) -> Pl
         greater_is_better=greater,
         early_stopping_patience=train.early_stopping_patience,
     )
+
+
+def check_new_tokens(adapted: AdaptedModel, base: Base) -> None:
+    """Tokens that were added to the base are there to be trained.
+
+    Raises:
+        TrainError: the adapter trains neither their rows nor the whole embedding.
+    """
+    if not base.added_tokens or adapted.active is None:
+        return
+    plan, embedding = adapted.plans[adapted.active], adapted.module.get_input_embeddings()  # type: ignore[operator]  # transformers has it
+    path = next(path for path, module in adapted.module.named_modules() if module is embedding)
+    rows = {i for target in plan.tokens if target.path == path for i in target.token_ids}
+    is_whole = inside(path, plan.saved) or any(target.path == path for target in plan.lora)
+    untrained = [token for token, number in base.added_tokens.items() if number not in rows]
+    if untrained and not is_whole:
+        raise TrainError(
+            f"{len(untrained)} tokens were added to the base and the adapter does not train them",
+            where=", ".join(untrained[:6]),
+            fix="attach with LoraConfig(trainable_token_indices=...), set to what veneer.add_tokens returned",
+        )
 
 
 def settle_packing(recipe: Recipe, prove: Callable[[], object]) -> tuple[Recipe, str | None]:
