@@ -43,9 +43,9 @@ def inspect(
 ) -> None:
     """Look inside an adapter: how many of its ranks are used, how large the change is, where in depth it lives.
 
-    Of each layer's update: effective rank (exp of the entropy of the singular values), the directions that hold 90 and
-    99 % of its energy, its norm. Against the base's weight: the relative size, and how many leading directions of the
-    adapted weight are new: whose cosine with every singular vector of the base's is below 0.5.
+    Of each layer's update: the effective rank (exp of the entropy of its singular values), the directions that hold 90
+    and 99 % of its energy, its norm. Against the base's weight: the relative size, and how many leading directions of
+    the adapted weight are new: their cosine with every singular vector of the base's is below 0.5.
     """
     from veneer.cli.output import console, print_json, short_path, stdout_reserved
     from veneer.cli.progress import Counter
@@ -80,43 +80,50 @@ def inspect(
 
 def _kind_table(found: Inspection) -> Table:
     """A line for each kind of module: medians over its layers, with the lowest and the highest."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{found.adapter}: medians over the layers (lowest to highest)", title_justify="left")
-    headings = ["module", "layers", "rank", "effective rank", "90 %", "99 %", "norm", "share"]
+    title = f"{found.adapter}: the ranks that are used, medians over the layers (lowest-highest)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    headings = ["module", "layers", "rank", "effective", "90 %", "99 %", "norm", "share %"]
     if found.base is not None:
-        headings += ["against base", "new"]
+        headings += ["% of base", "new"]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+        table.add_column(heading, justify="left" if heading == "module" else "right", no_wrap=True)
     for kind, layers in found.kinds.items():
         cells = [
             kind,
             str(len(layers)),
             _span([layer.rank for layer in layers], "g"),
-            _span([layer.effective_rank for layer in layers], ".1f"),
+            _span([layer.effective_rank for layer in layers], ".1f", ".0f"),
             _span([layer.rank_90 for layer in layers], "g"),
             _span([layer.rank_99 for layer in layers], "g"),
-            _span([layer.norm for layer in layers], ".3g"),
-            f"{100 * sum(layer.share for layer in layers):.1f} %",
+            _span([layer.norm for layer in layers], ".2g"),
+            f"{100 * sum(layer.share for layer in layers):.1f}",
         ]
         if found.base is not None:
             sizes = [100 * size for layer in layers if (size := layer.relative_norm) is not None]
             compared = [layer.base for layer in layers if layer.base is not None and layer.base.cosines]
             new, of = sum(base.new_directions for base in compared), sum(len(base.cosines) for base in compared)
-            cells += [f"{_span(sizes, '.2g')} %" if sizes else "-", f"{new}/{of}" if of else "-"]
+            cells += [_span(sizes, ".2g") if sizes else "-", f"{new}/{of}" if of else "-"]
         table.add_row(*cells)
     return table
 
 
 def _layer_table(found: Inspection) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="layer by layer", title_justify="left")
-    headings = ["layer", "rank", "effective rank", "90 %", "99 %", "norm", "largest", "share"]
+    table = Table(
+        title="layer by layer", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    headings = ["layer", "rank", "effective", "90 %", "99 %", "norm", "largest", "share %"]
     if found.base is not None:
-        headings += ["against base", "largest against base", "new"]
+        headings += ["% of base", "largest %", "new"]
+    longest = max(len(layer.path) for layer in found.layers)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+        first = heading == "layer"
+        table.add_column(heading, justify="left" if first else "right", min_width=longest if first else None)
     for layer in found.layers:
         table.add_row(layer.path, *_layer_cells(layer), *(_base_cells(layer) if found.base is not None else ()))
     return table
@@ -130,7 +137,7 @@ def _layer_cells(layer: LayerReport) -> list[str]:
         str(layer.rank_99),
         f"{layer.norm:.3g}",
         f"{layer.spectral_norm:.3g}",
-        f"{100 * layer.share:.2f} %",
+        f"{100 * layer.share:.2f}",
     ]
 
 
@@ -139,13 +146,14 @@ def _base_cells(layer: LayerReport) -> list[str]:
     if layer.base is None or size is None or largest is None:
         return ["-", "-", "-"]
     new = f"{layer.base.new_directions}/{len(layer.base.cosines)}" if layer.base.cosines else "-"
-    return [f"{100 * size:.2g} %", f"{100 * largest:.2g} %", new]
+    return [f"{100 * size:.2g}", f"{100 * largest:.2g}", new]
 
 
-def _span(values: Sequence[float], form: str) -> str:
-    """``median (lowest - highest)``; one number where all are the same."""
-    low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
-    return middle if low == high else f"{middle} ({low} - {high})"
+def _span(values: Sequence[float], form: str, ends: str = "") -> str:
+    """``median (lowest-highest)``; one number where all are the same."""
+    middle = format(statistics.median(values), form)
+    low, high = (format(end, ends or form) for end in (min(values), max(values)))
+    return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def _depth_line(found: Inspection) -> str:

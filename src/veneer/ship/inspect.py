@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import AdaptedModel, LoraEmbedding, LoraLinear, read_adapter
+from veneer.adapters.directions import LOOKED_AT, AgainstBase, against_base
 from veneer.adapters.save import WEIGHTS
 from veneer.adapters.slots import slots
 from veneer.adapters.spectrum import (
-    LOOKED_AT,
-    AgainstBase,
     Update,
-    against_base,
     directions_for,
     effective_rank,
     singular_values,
@@ -87,7 +85,7 @@ class Inspection:
 
     Attributes:
         adapter: the folder.
-        layers: in the file's order.
+        layers: by path, numbers by their size.
         others: tensors that are no low-rank update (token rows, whole modules), and their numbers.
         base: name of the base that the layers were compared with, or None.
         notes: what is to be known beside the numbers.
@@ -193,13 +191,21 @@ def inspect_adapter(
                 raise problem
             where = f" ({problem.where})" if problem.where else ""
             notes.append(f"not compared with the base: {problem.what}{where}")
+    idle = [update for update in found if update.expert is not None and not update.B.any()]
+    if idle and len(idle) < len(found):
+        # PEFT's file has room for every expert: those that were not chosen are zero.
+        notes.append(f"{len(idle)} of {sum(u.expert is not None for u in found)} experts have no update: left out")
+        found = [update for update in found if not any(update is other for other in idle)]
+    if any(update.expert is not None for update in found) and adapted is not None:
+        notes.append("experts are not compared with the base")
     against = _compare(adapted, found, directions, progress) if adapted is not None else {}
     if any(update.magnitude is not None for update in found):
         notes.append("DoRA: the spectra are those of s B A; norms against the base's hold the change of magnitude too")
     factor_keys = {key for update in found for key in update.keys}
     others = {key: tensor.numel() for key, tensor in tensors.items() if key not in factor_keys and tensor.ndim > 1}
     name = adapted.base.identity.name if adapted is not None and adapted.base is not None else None
-    return Inspection(folder, _reports(found, against), others, name, notes)
+    layers = sorted(_reports(found, against), key=lambda layer: in_order(layer.path))
+    return Inspection(folder, layers, others, name, notes)
 
 
 def adapter_folder(spec: str | Path) -> Path:
@@ -284,6 +290,11 @@ def depth_of(path: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def in_order(path: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+
+
 def kinds_of(paths: Sequence[str]) -> dict[str, str]:
     """By path, the shortest end of it (without numbers) that no other kind of module has: q_proj; attn.c_proj."""
     bare = {path: ".".join(part for part in path.split(".") if not part.isdigit()) or path for path in paths}
@@ -330,7 +341,7 @@ def advice(found: Inspection) -> list[str]:
             f"veneer resize --rank {found.advised_rank} --data FILE"
         )
     elif used > 0.9 * rank:
-        said.append(f"you use {used} of {rank} ranks ({basis}): nearly all; a larger r may have something to add")
+        said.append(f"you use {used} of {rank} ranks ({basis}), nearly all: whether a larger r helps, a run can tell")
     else:
         said.append(f"you use {used} of {rank} ranks ({basis}): r {rank} fits")
     looked_at = [layer.base for layer in found.layers if layer.base is not None and layer.base.cosines]

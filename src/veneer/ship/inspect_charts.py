@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from veneer.files import atomic_file
 from veneer.ship.inspect import Inspection, LayerReport
@@ -36,7 +37,7 @@ def save_picture(found: Inspection, path: str | Path) -> Path:
             _against_base(row[2], layers, depths)
     most = max((share for layers in kinds.values() for share in _by_depth(layers).values()), default=1.0)
     for row in grid:
-        row[1].set_ylim(0, 105 * most or 1)  # one scale: the kinds can be compared
+        row[1].set_ylim(0, 125 * most or 1)  # one scale: the kinds can be compared
     titles = [
         "singular values: median, lowest to highest",
         "share of the whole change (%)",
@@ -46,6 +47,7 @@ def save_picture(found: Inspection, path: str | Path) -> Path:
     for column in range(columns):
         grid[0][column].set_title(titles[column], fontsize=10, loc="left")
         grid[-1][column].set_xlabel(labels[column], fontsize=9)
+    figure.align_ylabels(grid[:, 0])
     rank = max(layer.rank for layer in found.layers)
     figure.suptitle(
         f"{_name(found.adapter)}: uses {found.used_rank} of {rank} ranks", fontsize=12, x=0.01, ha="left", weight="bold"
@@ -71,6 +73,9 @@ def _spectrum(axes: Axes, kind: str, layers: Sequence[LayerReport]) -> None:
     axes.fill_between(x, [min(v) for _, v in kept], [max(v) for _, v in kept], color=_BLUE, alpha=0.2, linewidth=0)
     axes.plot(x, [statistics.median(v) for _, v in kept], color=_BLUE, marker="o" if len(x) <= 32 else "", markersize=3)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     used = statistics.median(layer.rank_99 for layer in layers)
     axes.axvline(used, color=_ORANGE, linestyle="--", linewidth=1.2)
     axes.annotate(
@@ -84,7 +89,7 @@ def _shares(axes: Axes, layers: Sequence[LayerReport], depths: Sequence[int]) ->
     shares = _by_depth(layers)
     axes.bar(list(shares), [100 * share for share in shares.values()], color=_BLUE, width=0.8)
     total = 100 * sum(layer.share for layer in layers)
-    axes.annotate(f"{total:.1f} % in all", (0.02, 0.95), xycoords="axes fraction", fontsize=8, va="top", color=_GREY)
+    _say(axes, f"{total:.1f} % in all", _GREY)
     _plain(axes, depths)
 
 
@@ -103,9 +108,9 @@ def _against_base(axes: Axes, layers: Sequence[LayerReport], depths: Sequence[in
             axes.scatter([depth], [100 * size], s=22, color=_RED)
             axes.annotate(str(new), (depth, 100 * size), xytext=(0, 4), textcoords="offset points", fontsize=7,
                           ha="center", color=_RED)  # fmt: skip
-    axes.set_ylim(0, 125 * max(size for _, size, _ in points) or 1)
+    axes.set_ylim(0, 135 * max(size for _, size, _ in points) or 1)
     if any(new for _, _, new in points):
-        axes.annotate("red: new directions", (0.02, 0.95), xycoords="axes fraction", fontsize=8, va="top", color=_RED)
+        _say(axes, "red: how many directions are new", _RED)
 
 
 def _by_depth(layers: Sequence[LayerReport]) -> dict[int, float]:
@@ -117,6 +122,12 @@ def _by_depth(layers: Sequence[LayerReport]) -> dict[int, float]:
     return shares
 
 
+def _say(axes: Axes, text: str, color: str) -> None:
+    """In the upper left corner, on white: the lines of the grid do not run through it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.annotate(text, (0.02, 0.95), xycoords="axes fraction", fontsize=8, va="top", color=color, bbox=box)
+
+
 def _plain(axes: Axes, depths: Sequence[int] = ()) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -124,6 +135,7 @@ def _plain(axes: Axes, depths: Sequence[int] = ()) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if depths:
         axes.set_xlim(min(depths) - 0.7, max(depths) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _name(adapter: Path) -> str:

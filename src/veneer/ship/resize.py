@@ -41,7 +41,7 @@ from veneer.evaluate import Evaluation, evaluate
 from veneer.evaluate.measure import Progress
 from veneer.files import atomic_folder, write_json
 from veneer.run import held_out_rows, is_run, load_model, open_run
-from veneer.ship.inspect import adapter_folder
+from veneer.ship.inspect import adapter_folder, in_order
 
 _REPLACEABLE = {CONFIG, WEIGHTS, RECORD, "README.md", "inspect.png"}
 
@@ -63,7 +63,7 @@ class ResizedAdapter:
 
     Attributes:
         folder: what was written.
-        layers: in the file's order; of a stack of experts each one.
+        layers: by path, numbers by their size; of a stack of experts each one.
         parameters_before, parameters: numbers in the file.
         before, after: the held-out metrics of both adapters, where they were measured.
         notes: what is to be known beside the numbers.
@@ -195,7 +195,7 @@ def resize_adapter(
         if adapted is not None:
             load_adapter(adapted, temporary, name="resized", allow_base_mismatch=allow_base_mismatch)
             after = measured(adapted)
-        layers = [_compared(old, new) for old, new in zip(found, cut)]
+        layers = sorted((_compared(*pair) for pair in zip(found, cut)), key=lambda layer: in_order(layer.path))
         result = ResizedAdapter(target, layers, _count(tensors), _count(written), before, after, notes)
         asked = {"rank": rank, "energy": energy, "adapter": str(folder.absolute())}
         write_json(
