@@ -12,6 +12,7 @@ from veneer.adapters.structure import recurrent_parts
 from veneer.errors import ModelError
 from veneer.models.fused import fuse
 from veneer.models.head import check_head, hidden_states
+from veneer.models.vocabulary import grow
 
 LANGUAGE = tiny_models.DENSE | tiny_models.MOE | tiny_models.HYBRID | tiny_models.VISION
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums in another order
@@ -49,3 +50,16 @@ def test_packed_and_padded_rows_are_what_the_rows_are_alone_or_packing_is_refuse
             hidden_states(module, packed)
     else:
         torch.testing.assert_close(hidden_states(module, packed).view(2, 16, -1), alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+@torch.no_grad()
+def test_the_vocabulary_grows_and_old_tokens_keep_their_logits_bit_for_bit(name):
+    module = LANGUAGE[name]()
+    before = module(input_ids=IDS).logits
+    grow(module, 67)
+    after = module(input_ids=IDS).logits
+    assert after.shape[-1] == module.config.get_text_config().vocab_size == 67
+    assert torch.equal(after[..., :64], before)
+    embedding = module.get_input_embeddings().weight
+    assert torch.equal(embedding[66], embedding[:64].mean(0))

@@ -62,7 +62,7 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> Rows:
             raise ModelError(
                 f"the tokenizer does not take '{token}' as one token", where="add_tokens", fix="choose another text"
             )
-    _grow(base.module, max(ids.values(), default=-1) + 1)
+    grow(base.module, max(ids.values(), default=-1) + 1)
     base.added_tokens = {**base.added_tokens, **ids}
     return new_rows(base)
 
@@ -88,7 +88,7 @@ def with_new_rows(
     """``trainable_token_indices`` as they were asked for, and the rows of the tokens added to ``base``."""
     rows = new_rows(base, saved)
     if asked is None:
-        return rows
+        return rows or None
     embedding = next(path for path, _ in _matrices(base.module))
     wanted = dict(asked) if isinstance(asked, Mapping) else {embedding: asked}
     found = {path: list(ids) for path, ids in wanted.items()}
@@ -108,7 +108,7 @@ def _matrices(module: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _grow(module: Any, rows: int) -> None:
+def grow(module: Any, rows: int) -> None:
     """Gives embedding and head at least ``rows`` rows; what is new is the mean of what was there."""
     before = module.get_input_embeddings().weight.shape[0]
     if rows <= before:
