@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from veneer.adapters.settings import AdaLoraConfig
+from veneer.adapters.settings import AdaLoraConfig, LoftqConfig
 from veneer.errors import AdapterError
 from veneer.quant import QuantizedLinear
 
@@ -48,6 +48,9 @@ def check_combination(config: LoraConfig) -> None:
                 where=f"LoraConfig.{section}",
                 fix=f"set init_lora_weights: {name}, or remove {section}",
             )
+    if config.use_dora and isinstance(config.loftq_config, LoftqConfig) and config.loftq_config.loftq_iter > 1:
+        why = "the saved adapter is for the weights in 16 bits, whose rows have other norms than the codes that act"
+        raise _apart("use_dora", f"loftq_iter: {config.loftq_config.loftq_iter}", why)
     if config.use_lora_fa and init == "lora_ga":
         raise _apart(
             "use_lora_fa", "init_lora_weights: lora_ga", "LoRA-GA aligns the first step of A, which never moves"
@@ -92,9 +95,24 @@ def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) 
                 where=target.path,
                 fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
             )
-        if config.init_lora_weights == "loftq" and not isinstance(layer, QuantizedLinear):
-            raise AdapterError(
-                "LoftQ starts from what the codes of a quantised weight lose, and this weight is not quantised",
-                where=target.path,
-                fix="load the base with quantize: nf4, or start with init_lora_weights: pissa",
-            )
+    if config.init_lora_weights == "loftq":
+        _check_loftq(config, [modules[target.path] for target in plan.lora])
+
+
+def _check_loftq(config: LoraConfig, layers: list[nn.Module]) -> None:
+    """Some weight is in codes, of the width that was asked for."""
+    in_codes = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if not in_codes:
+        raise AdapterError(
+            "LoftQ starts from what the codes of a quantised weight lose, and no weight of the adapter is quantised",
+            where="LoraConfig.init_lora_weights",
+            fix="load the base with quantize: nf4, or start with init_lora_weights: pissa",
+        )
+    wanted = None if config.loftq_config is None else config.loftq_config.loftq_bits  # type: ignore[union-attr]  # the config has made a section of it
+    bits = 8 if in_codes[0].config.scheme == "int8" else 4
+    if wanted is not None and wanted != bits:
+        raise AdapterError(
+            f"loftq_bits is {wanted}, and the base is in codes of {bits} bits ({in_codes[0].config.scheme})",
+            where="LoraConfig.loftq_config.loftq_bits",
+            fix="leave loftq_bits out: quantize of the base decides it",
+        )

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from veneer.adapters.init_olora import orthonormal_factors
+from veneer.adapters.init_pissa import principal_factors
+
+if TYPE_CHECKING:
+    from veneer.adapters.layers import LoraAdapter, LoraLinear
 
 # The bound of nn.Linear's own initialisation, which PEFT uses for A: U(-1/sqrt(in), 1/sqrt(in)).
 _KAIMING_A = math.sqrt(5)
@@ -53,6 +60,23 @@ def init_linear(A: Tensor, B: Tensor, method: bool | str, seed: int, key: str) -
             nn.init.kaiming_uniform_(b, a=_KAIMING_A, generator=for_B)
     A.copy_(a)
     B.copy_(b)
+
+
+@torch.no_grad()
+def init_from_weight(adapter: LoraAdapter, layer: LoraLinear, method: str, seed: int, key: str) -> None:
+    """Fills the factors of an adapter from its layer's weight, in place.
+
+    Args:
+        method: ``"pissa"``, ``"pissa_niter_N"`` (N rounds of a randomised SVD) or ``"olora"``.
+        seed, key: as for :func:`init_linear`.
+    """
+    if method == "olora":
+        A, B = orthonormal_factors(layer.rows(), adapter.r)
+    else:
+        rounds = int(method.rpartition("_")[2]) if method != "pissa" else None
+        A, B = principal_factors(layer.rows(), adapter.r, adapter.scaling, rounds, stream(seed, f"{key}.A"))
+    adapter.A.copy_(A)
+    adapter.B.copy_(B)
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class LoraAdapter(nn.Module):
         self.scaling, self.dropout, self.variants = scaling, dropout, variants
         self.E: nn.Parameter | None = None  # [r, 1], the singular values of AdaLoRA
         self.magnitude: nn.Parameter | None = None  # [out] float32, of DoRA
+        self.own: QuantizedLinear | None = None  # codes that act in place of the base's, of LoftQ
         self.norm: tuple[object, Tensor] | None = None  # DoRA's row norms, and what they were computed from
 
     @property
@@ -111,7 +112,7 @@ class LoraAdapter(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """``[out, in]``, the dense ``s B' A'``, in the factors' dtype, float32: 16 bits would lose its small entries."""
+        """``[out, in]``, the dense ``s B' A'`` in the factors' dtype, float32: 16 bits would lose small entries."""
         A, B = self.factors()
         return self.scaling * (B @ A)
 
@@ -161,8 +162,21 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Weight:
-        """The base's own weight, as it lies there, perhaps in codes; without the adapters."""
-        return self.base_layer.weight  # type: ignore[return-value]  # nn.Module's attributes are untyped
+        """The frozen weight that acts: the base's own, perhaps in codes, unless an active adapter brings codes."""
+        return self._weight_of(self.active)
+
+    def _weight_of(self, names: Iterable[str]) -> Weight:
+        own = self._own_codes(names)
+        return self.base_layer.weight if own is None else own.weight  # type: ignore[return-value]  # nn.Module's attributes are untyped
+
+    def _own_codes(self, names: Iterable[str]) -> QuantizedLinear | None:
+        """What stands in for the base's codes in one of these adapters, computing in the base's dtype."""
+        for name in names:
+            own: Any = self.adapters[name].own if name in self.adapters else None
+            if own is not None:
+                own.compute_dtype = self.base_layer.compute_dtype
+                return own  # type: ignore[no-any-return]  # ModuleDict's values are untyped
+        return None
 
     @property
     def bias(self) -> Tensor | None:
@@ -188,6 +202,12 @@ class LoraLinear(nn.Module):
         assert isinstance(adapter, LoraAdapter)
         for variant in adapter.variants:
             variant.start(adapter, self)
+
+    def rows(self) -> Tensor:
+        """``[out, in]`` float32 (float64 of float64): the base's own weight as plain numbers."""
+        plain = as_tensor(self.weight).detach()
+        plain = plain.t() if self.transposed and isinstance(self.weight, Tensor) else plain
+        return plain.to(master_dtype(plain))
 
     def project(self, rows: Tensor) -> Tensor:
         """``rows [n, in]`` in the weight's dtype to ``rows W^T [n, out]``, without bias; outside of autograd."""
@@ -221,7 +241,8 @@ class LoraLinear(nn.Module):
             if self.transposed and isinstance(weight, Tensor):
                 weight = weight.t()
             return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling, only.row_scale)
-        base: Tensor = self.base_layer(x)
+        own = self._own_codes(self.active)
+        base: Tensor = self.base_layer(x) if own is None else own(x)
         y = base
         for f in factors:
             dropped = F.dropout(x, f.dropout) if f.dropout else x
@@ -266,7 +287,7 @@ class LoraLinear(nn.Module):
         adapters: list[LoraAdapter] = [self.adapters[name] for name in names if name in self.adapters]  # type: ignore[misc]  # untyped
         if not adapters:
             return {}
-        weight = as_tensor(self.weight).detach()
+        weight = as_tensor(self._weight_of(names)).detach()
         total = weight.to(master_dtype(weight), copy=True)
         plain = total.t() if self.transposed else total  # a view: [out, in]
         rows = plain.clone() if any(adapter.row_scale(self) is not None for adapter in adapters) else plain

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from veneer.adapters.adalora import trim
 from veneer.adapters.combinations import check_fit
-from veneer.adapters.config import LoraConfig
+from veneer.adapters.config import DATA_INITS, LoraConfig
 from veneer.adapters.coverage import Coverage, coverage
 from veneer.adapters.experts import LoraExperts
-from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
-from veneer.adapters.ranks import with_ranks
+from veneer.adapters.ranks import with_plan_ranks, with_ranks
 from veneer.adapters.read_weight import let_read
 from veneer.adapters.saved import SavedModule
 from veneer.adapters.slots import SLOTS, Slot, base_modules, places
+from veneer.adapters.start import Originals, fill_factors
 from veneer.adapters.targets import Plan, inside, resolve
 from veneer.adapters.tokens import TokenEmbedding, TokenHead, TokenRows
 from veneer.adapters.variants import variants_of
@@ -56,21 +56,36 @@ class BaseLike(Protocol):
     def identity(self) -> IdentityLike: ...
 
 
+class QuantizedBaseLike(BaseLike, Protocol):
+    """A base that knows what its codes were made from."""
+
+    def each_original(self, paths: Collection[str], visit: Callable[[str, Tensor], None]) -> None:
+        """Calls ``visit`` with each path and its weight ``[out, in]`` before it was quantised, one at a time."""
+
+
 def attach(
-    target: nn.Module | BaseLike, config: LoraConfig, *, name: str = "default", seed: int | None = None
+    target: nn.Module | BaseLike,
+    config: LoraConfig,
+    *,
+    name: str = "default",
+    seed: int | None = None,
+    originals: Originals | None = None,
 ) -> AdaptedModel:
     """Freezes ``target`` and puts a fresh adapter on it, active and ready to train.
+
+    With ``init_lora_weights`` ``"eva"`` or ``"lora_ga"`` it waits for data: :func:`veneer.initialise`, or a run.
 
     Args:
         target: any module, or a base that knows its identity.
         config: is read and never changed.
         seed: of the adapter's start; without one, drawn from torch's generator.
+        originals: for LoftQ: gives the weights before they were quantised; a base in codes knows them itself.
 
     Raises:
         AdapterError: an entry of the config matches nothing; the module has adapters already. Nothing is changed then.
     """
     adapted = AdaptedModel(target)
-    adapted.add(config, name, seed=seed)
+    adapted.add(config, name, seed=seed, originals=originals)
     adapted.use(name)
     return adapted
 
@@ -83,6 +98,8 @@ class AdaptedModel:
         base: what :func:`attach` got, where it was more than a module.
         configs: each adapter's config, by name.
         active: the adapter that acts and is trained, or None.
+        waiting: adapters that start from data and have not seen any yet, with their seeds.
+        notes: what there is to say of how an adapter started, by name.
     """
 
     def __init__(self, target: nn.Module | BaseLike) -> None:
@@ -93,6 +110,8 @@ class AdaptedModel:
         self.module: nn.Module = module
         self.configs: dict[str, LoraConfig] = {}
         self.plans: dict[str, Plan] = {}
+        self.waiting: dict[str, int] = {}
+        self.notes: dict[str, str] = {}
         self._slots: dict[str, Slot] = {}  # by path in the base, in the order of its modules
         self._names: tuple[str, ...] = ()  # adapters in use; the first one is trained
         self._off = 0  # depth of disabled()
@@ -116,8 +135,10 @@ class AdaptedModel:
         """What the active adapter covers; ``print`` it."""
         return coverage(self.module, self.plans[self._known(None)])
 
-    def add(self, config: LoraConfig, name: str = "default", seed: int | None = None) -> None:
-        """One more adapter, fresh; not in use yet.
+    def add(
+        self, config: LoraConfig, name: str = "default", seed: int | None = None, originals: Originals | None = None
+    ) -> None:
+        """One more adapter, fresh; not in use yet. See :func:`attach`.
 
         Raises:
             AdapterError: the name is taken or cannot be a name; the config does not fit the base or the adapters on it.
@@ -125,21 +146,48 @@ class AdaptedModel:
         plan = resolve(self.module, config)
         check_fit(config, plan, base_modules(self.module))
         self.install(name, config, plan)
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        for target in plan.lora:
-            if target.tied_to is not None:
-                continue
-            slot = self._slots[target.path]
-            adapter = slot.adapters[name]
-            assert isinstance(adapter, LoraAdapter)
-            fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
-            method = config.init_lora_weights if config.adalora_config is None else "adalora"
-            fill(adapter.A, adapter.B, method, seed, KEY_PREFIX + target.path)
-        for stack in plan.experts:
-            experts = self._slots[stack.path]
-            assert isinstance(experts, LoraExperts)
-            experts.stacks(name)[stack.parameter].fill(config.init_lora_weights, seed, KEY_PREFIX + stack.name)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        try:
+            self._fill(name, seed, originals)
+        except BaseException:
+            self.remove(name)
+            if not self.configs:
+                self.detach()
+            raise
+        if config.init_lora_weights in DATA_INITS:
+            self.waiting[name] = seed
+
+    def _fill(self, name: str, seed: int, originals: Originals | None = None) -> None:
+        base: Any = self.base
+        if originals is None and self.configs[name].init_lora_weights == "loftq" and base is not None:
+            originals = base.each_original  # check_fit has seen that it is in codes
+        with self.disabled():
+            config, plan = self.configs[name], self.plans[name]
+            self.notes[name] = fill_factors(self._slots, name, config, plan, seed, KEY_PREFIX, originals)
+            self.start(name)
+
+    def set_ranks(self, name: str, ranks: Mapping[str, int], *, keep_scaling: bool = True) -> None:
+        """Gives an adapter that has not been trained other ranks, and starts it anew. Its parameters are new ones.
+
+        Args:
+            ranks: by path; a module that is not in it keeps its own.
+            keep_scaling: change ``lora_alpha`` with the rank, so that what multiplies ``B A`` stays.
+        """
+        name, in_use, trained_before = self._known(name), self._names, self._trained_before
+        config, waiting = self.configs[name], self.waiting.get(name)
+        plan = with_plan_ranks(config, self.plans[name], ranks, keep_scaling=keep_scaling)
+        self.remove(name)
+        self.install(name, config, plan)
+        self._trained_before = trained_before
+        self._fill(name, waiting or 0)
+        if waiting is not None:
+            self.waiting[name] = waiting
+        if in_use:
+            self.use(*in_use)
+
+    def started(self, name: str) -> None:
+        """An adapter that waited for data has its factors."""
+        del self.waiting[name]
         self.start(name)
 
     def install(self, name: str, config: LoraConfig, plan: Plan) -> None:
@@ -231,9 +279,12 @@ class AdaptedModel:
             self._refresh()
 
     def named_parameters(self, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-        """The trained parameters of an adapter (the active one) in a fixed order, by their keys in PEFT's file."""
-        tensors = self._tensors(self._known(name)).items()
-        return [(key, t) for key, t in tensors if isinstance(t, nn.Parameter) and t.is_floating_point()]
+        """The trained parameters of an adapter (the active one) in a fixed order, by their keys in PEFT's file.
+
+        Raises:
+            AdapterError: the adapter waits for data to start from.
+        """
+        return self._trained(self._has_started(name))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters of the active adapter, in the order of :meth:`named_parameters`."""
@@ -241,7 +292,7 @@ class AdaptedModel:
 
     def trainable_count(self) -> int:
         """How many numbers the active adapter trains."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for _, parameter in self._trained(self._known(None)))
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
         """A copy of an adapter's tensors (the active one's), by their keys in PEFT's file."""
@@ -259,8 +310,11 @@ class AdaptedModel:
 
         Returns:
             The config and the plan of those factors, and a copy of the tensors by their keys in PEFT's file.
+
+        Raises:
+            AdapterError: the adapter waits for data to start from.
         """
-        name = self._known(name)
+        name = self._has_started(name)
         config, plan = self.configs[name], self.plans[name]
         tensors = {
             f"{KEY_PREFIX}{path}.{end}": tensor.detach().clone()
@@ -326,6 +380,7 @@ class AdaptedModel:
                 raise AdapterError(f"tensor '{key}' has NaN or Inf in it", where=where, fix="use an earlier checkpoint")
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
+        self.waiting.pop(name, None)
 
     def save(
         self,
@@ -354,6 +409,8 @@ class AdaptedModel:
                     setattr(parent, attribute, slot.base_layer)
                 del self._slots[path]
         del self.configs[name], self.plans[name]
+        self.waiting.pop(name, None)
+        self.notes.pop(name, None)
         self._refresh()
 
     def detach(self) -> nn.Module:
@@ -364,6 +421,20 @@ class AdaptedModel:
             parameter.requires_grad_(trained)
         self._trained_before = []
         return self.module
+
+    def _trained(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        tensors = self._tensors(name).items()
+        return [(key, t) for key, t in tensors if isinstance(t, nn.Parameter) and t.is_floating_point()]
+
+    def _has_started(self, name: str | None) -> str:
+        name = self._known(name)
+        if name in self.waiting:
+            raise AdapterError(
+                f"this adapter starts from data ({self.configs[name].init_lora_weights}) and has not seen any yet",
+                where=f"adapter '{name}'",
+                fix="call veneer.initialise(model, rows) first, before its parameters go to an optimizer",
+            )
+        return name
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         return {

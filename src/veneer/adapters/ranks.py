@@ -29,11 +29,8 @@ def with_ranks(config: LoraConfig, plan: Plan, ranks: Mapping[str, int]) -> tupl
     """
     if all(ranks.get(target.path, target.r) == target.r == said_rank(config, target.path) for target in plan.lora):
         return config, plan
-    targets: list[LoraTarget] = []
-    for target in plan.lora:
-        r = ranks.get(target.path, target.r)
-        ratio = math.sqrt(r / target.r) if config.use_rslora else r / target.r
-        targets.append(dataclasses.replace(target, r=r, lora_alpha=target.lora_alpha * ratio))
+    plan = with_plan_ranks(config, plan, ranks)
+    targets = plan.lora
     usual_r = Counter(target.r for target in targets).most_common(1)[0][0]
     usual_alpha = Counter(target.lora_alpha for target in targets).most_common(1)[0][0]
     changed = dataclasses.replace(
@@ -48,4 +45,15 @@ def with_ranks(config: LoraConfig, plan: Plan, ranks: Mapping[str, int]) -> tupl
         eva_config=None,
         lora_ga_config=None,
     )
-    return changed, dataclasses.replace(plan, lora=tuple(targets))
+    return changed, plan
+
+
+def with_plan_ranks(config: LoraConfig, plan: Plan, ranks: Mapping[str, int], *, keep_scaling: bool = True) -> Plan:
+    """The plan with other ranks; ``keep_scaling`` changes each module's ``lora_alpha`` with its rank."""
+    targets: list[LoraTarget] = []
+    for target in plan.lora:
+        r = ranks.get(target.path, target.r)
+        ratio = r / target.r if keep_scaling else 1.0
+        alpha = target.lora_alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+        targets.append(dataclasses.replace(target, r=r, lora_alpha=alpha))
+    return dataclasses.replace(plan, lora=tuple(targets))

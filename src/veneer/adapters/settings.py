@@ -19,7 +19,7 @@ class LoftqConfig:
 
     Args:
         loftq_iter: rounds of quantising and decomposing in turn. The first one leaves the base's codes as they are;
-            more rounds give the adapter codes of its own.
+            more rounds give the adapter codes of its own, and a file that is for the base in 16 bits.
         loftq_bits: the width of the codes in PEFT. Here the base's ``quantize`` decides it; another value is an error.
     """
 
@@ -36,7 +36,7 @@ class EvaConfig:
 
     Args:
         rho: a layer gets at most ``rho * r`` of the ranks, which go where they explain most; 1 leaves each layer ``r``.
-        tau: a layer's directions are settled when they turn by less than this from batch to batch (cosine).
+        tau: a layer's directions are settled when their cosine to those from half as many batches is this at least.
         rows: training rows that are looked at, at most.
         adjust_scaling_factors: keep ``lora_alpha / r`` where a layer gets another rank.
     """
@@ -59,19 +59,20 @@ class LoraGaConfig:
 
     Args:
         direction: which singular vectors of the gradient A and B take, as in the paper; "ArB2r" is its choice.
-        scale: how the factors are scaled; "stable" is the paper's.
+        scale: how the factors are scaled; "stable" is the paper's, "gd_scale" divides by the scaling, "weight_svd"
+            gives them the size of the weight's principal part, "unit" leaves them as they are.
         stable_gamma: gamma of the stable scale.
         rows: training rows that the gradient is taken over.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    scale: Literal["gd", "unit", "stable", "weight_svd"] = "stable"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: int = 16
     rows: int = 64
 
     def __post_init__(self) -> None:
         _one_of("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
-        _one_of("scale", self.scale, ("gd", "unit", "stable", "weight_svd"))
+        _one_of("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
         _at_least("stable_gamma", self.stable_gamma, 1)
         _at_least("rows", self.rows, 1)
 

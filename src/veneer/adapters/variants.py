@@ -6,7 +6,9 @@ from veneer.adapters.adalora import AdaLora
 from veneer.adapters.config import LoraConfig
 from veneer.adapters.dora import Dora
 from veneer.adapters.frozen_a import FrozenA
+from veneer.adapters.own_codes import OwnCodes
 from veneer.adapters.residual import Residual
+from veneer.adapters.settings import LoftqConfig
 from veneer.adapters.variant import Variant
 
 
@@ -17,6 +19,8 @@ def variants_of(config: LoraConfig) -> tuple[Variant, ...]:
         found.append(Residual())
     if config.adalora_config is not None:
         found.append(AdaLora())
+    if isinstance(config.loftq_config, LoftqConfig) and config.loftq_config.loftq_iter > 1:
+        found.append(OwnCodes())
     if config.use_lora_fa:
         found.append(FrozenA())
     if config.use_dora:
