@@ -58,7 +58,7 @@ def fill_factors(
             init_from_weight(adapter, slot, str(method), seed, key)
         else:
             fill = init_embedding if isinstance(slot, LoraEmbedding) else init_linear
-            fill(adapter.A, adapter.B, method, seed, key)
+            fill(adapter.A, adapter.B, method if config.adalora_config is None else "adalora", seed, key)
     for stack in plan.experts:
         experts = slots[stack.path]
         assert isinstance(experts, LoraExperts)
