@@ -1,4 +1,4 @@
-"""Tiny random encoders and a decoder in folders, as their language modelling leaves them, for tests of classification."""
+"""Tiny random encoders and a decoder in folders, as language modelling leaves them, for tests of classification."""
 
 from __future__ import annotations
 

@@ -39,6 +39,10 @@ def _task(recipe: Recipe) -> Iterator[Contradiction]:
         (("data", "chat_template"), data.chat_template is not None),
         (("data", "train_on"), data.train_on != "all"),
         (("train", "micro_batch_tokens"), recipe.train.micro_batch_tokens is not None),
+        (("eval", "max_rows"), recipe.eval.max_rows is not None),
+        # These start from the loss or the activations of rows that are answers.
+        (("adapter", "init_lora_weights"), recipe.adapter.init_lora_weights in ("eva", "lora_ga")),
+        (("adapter", "experts"), str(recipe.adapter.experts).startswith("top")),
     ]
     for path, given in idle:
         if given:
