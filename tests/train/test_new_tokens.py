@@ -26,7 +26,7 @@ def test_a_recipes_new_tokens_are_trained_and_come_back_with_the_run(
     tied: bool, make_tiny_base: Callable[..., Path], recipe: Callable[..., Any]
 ) -> None:
     base = make_tiny_base(tie_word_embeddings=tied)
-    result = train_recipe(recipe(base=str(base), adapter={"r": 4, "add_tokens": WORDS}))
+    result = train_recipe(recipe(base=str(base), data={"add_tokens": WORDS}))
     start = load_base(base, dtype="float32", device="cpu")
     start.add_tokens(WORDS)
     rows = {key: value for key, value in result.model.state().items() if "trainable_tokens" in key}
@@ -43,7 +43,7 @@ def test_a_recipes_new_tokens_are_trained_and_come_back_with_the_run(
 def test_a_resumed_run_with_new_tokens_is_the_run_that_was_never_stopped(
     recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    settings = {"adapter": {"r": 4, "add_tokens": WORDS, "trainable_token_indices": [5]}, "data": {"eval": None}}
+    settings = {"adapter": {"trainable_token_indices": [5]}, "data": {"eval": None, "add_tokens": WORDS}}
     whole = recipe(output_dir=str(tmp_path / "whole"), train={"max_steps": 4, "save_steps": 2}, **settings)
     train_recipe(whole)
     train_recipe(recipe(output_dir=str(tmp_path / "cut"), train={"max_steps": 4, "save_steps": 2}, **settings))
@@ -62,8 +62,7 @@ def test_a_run_in_python_says_its_new_tokens_in_its_recipe(tiny_base: Path, tiny
     base = load_base(tiny_base, dtype="float32", device="cpu")
     model = attach(base, LoraConfig(r=4, trainable_token_indices=veneer.add_tokens(base, WORDS)), seed=0)
     result = train(model, str(tiny_rows), output_dir=tmp_path / "run", max_steps=2, samples=0)
-    adapter = open_run(result.path).recipe.adapter
-    assert adapter.add_tokens == WORDS
+    assert open_run(result.path).recipe.data.add_tokens == WORDS
     again = yaml.safe_load((result.path / "recipe.yaml").read_text())
     again["output_dir"] = str(tmp_path / "again")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
@@ -83,5 +82,5 @@ def test_new_tokens_that_the_adapter_does_not_train_are_refused(
 
 def test_a_token_of_the_recipe_that_is_known_already_is_refused(recipe: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a token already"):
-        train_recipe(recipe(adapter={"r": 4, "add_tokens": ["<|im_end|>"]}))
+        train_recipe(recipe(data={"add_tokens": ["<|im_end|>"]}))
     assert not (tmp_path / "run").exists()

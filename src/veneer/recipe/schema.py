@@ -128,10 +128,6 @@ class AdapterRecipe(Section):
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
         default=None, description="token ids whose embedding rows are trained"
     )
-    add_tokens: Texts | None = Field(
-        default=None,
-        description="texts that each become one new token, whose rows are trained and saved with the adapter",
-    )
 
 
 class DataRecipe(Section):
@@ -161,6 +157,9 @@ class DataRecipe(Section):
     )
     chat_template: Text | None = Field(
         default=None, description="a Jinja chat template, or a file that holds one; null is the model's own"
+    )
+    add_tokens: Texts | None = Field(
+        default=None, description="texts that each become one new token, trained and saved with the adapter"
     )
     split_seed: int = Field(default=0, description="seed of the split into training and held-out rows")
 

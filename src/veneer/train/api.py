@@ -50,7 +50,6 @@ def train_recipe(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
-    new_tokens = settings.pop("add_tokens", ())
     config = LoraConfig(**settings)  # before anything that takes long
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
@@ -59,8 +58,8 @@ def train_recipe(
             config = for_classifier(config, base)
         else:
             recipe, base = load_base_of(recipe, rows, world, progress, resume=resume)
-        if new_tokens:
-            base.add_tokens(new_tokens)
+        if recipe.data.add_tokens:
+            base.add_tokens(recipe.data.add_tokens)
             wanted = with_new_rows(base, config.trainable_token_indices, config.modules_to_save or ())
             config = replace(config, trainable_token_indices=wanted)
         adapted = attach(base, config, seed=recipe.train.seed)
@@ -135,7 +134,7 @@ def _recipe_of(
     values: dict[str, dict[str, Any]] = {"train": {}, "eval": {}, "data": {}}
     fields = {"train": TrainRecipe.model_fields, "eval": EvalRecipe.model_fields, "data": DataRecipe.model_fields}
     known = {key: name for name, keys in fields.items() for key in keys}  # max_rows is that of data
-    del known["train"], known["eval"]
+    del known["train"], known["eval"], known["add_tokens"]  # the last one is veneer.add_tokens here
     for key, value in settings.items():
         if key not in known:
             raise UsageError(
@@ -148,7 +147,7 @@ def _recipe_of(
     config = model.configs[model.active].settings()
     adapter = {key: config[key] for key in AdapterRecipe.model_fields if config.get(key) is not None}
     if base.added_tokens:
-        adapter["add_tokens"] = list(base.added_tokens)
+        values["data"]["add_tokens"] = list(base.added_tokens)
     dtype = str(base.dtype).removeprefix("torch.")
     stored = {"scheme": "none"} if base.quantized is None else base.quantized.record()
     if base.labels:

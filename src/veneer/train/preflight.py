@@ -160,11 +160,10 @@ def check_new_tokens(adapted: AdaptedModel, base: Base) -> None:
         )
 
 
-def settle_packing(recipe: Recipe, prove: Callable[[], object]) -> tuple[Recipe, str | None]:
-    """Packing is a default where rows can be kept apart; where they cannot, rows are padded instead.
-
-    Args:
-        prove: raises a ``TrainError`` where packed rows would not be apart: :func:`check_packing`.
+def settle_packing(
+    recipe: Recipe, module: nn.Module, dataset: TokenDataset, device: torch.device, share_prefix: bool
+) -> tuple[Recipe, str | None]:
+    """Packing is a default where :func:`check_packing` proves that rows stay apart; else rows are padded instead.
 
     Returns:
         The recipe as it can be run, and what to say where that is without packing.
@@ -173,7 +172,7 @@ def settle_packing(recipe: Recipe, prove: Callable[[], object]) -> tuple[Recipe,
         TrainError: the recipe itself asks for packing.
     """
     try:
-        prove()
+        check_packing(module, dataset, device, share_prefix)
         return recipe, None
     except TrainError as error:
         if recipe.train.model_fields_set & {"packing", "micro_batch_tokens"} and recipe.train.packing:

@@ -46,7 +46,7 @@ from veneer.train.loop import Trainer, train_loop
 from veneer.train.loraplus import multipliers
 from veneer.train.optimizer import FlatAdamW, check_optimizer
 from veneer.train.preflight import (
-    check_packing,
+    check_new_tokens,
     gradient_checkpointing,
     make_plan,
     render_rows,
@@ -133,13 +133,18 @@ class Session:
         """
         settings, adapted, world = self.recipe.train, self.adapted, self.world
         check_optimizer(settings.optim, self.base.device)
+        check_new_tokens(adapted, self.base)
         warnings = self._say_what_was_read()
         if self.classes is not None:
             check_classifier(adapted, self.base, self.dataset, self.layout)
         else:
             check_head(adapted.module)
         if self.layout.packing:
-            self._settle_packing()
+            share = self.layout.share_prefix
+            self.recipe, instead = settle_packing(self.recipe, adapted.module, self.dataset, self.base.device, share)
+            if instead is not None:
+                del self.layout  # made anew from the settled recipe
+                self.progress.message(instead)
         optimizer = FlatAdamW(
             adapted.named_parameters(),
             optim=settings.optim,
@@ -265,16 +270,6 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self.recipe, len(self.dataset), self.world, self.held_out is not None)
-
-    def _settle_packing(self) -> None:
-        """Proves that packed rows are apart, or goes over to padded ones where packing was not asked for."""
-        share = self.layout.share_prefix
-        self.recipe, instead = settle_packing(
-            self.recipe, lambda: check_packing(self.adapted.module, self.dataset, self.base.device, share)
-        )
-        if instead is not None:
-            del self.layout  # made anew from the settled recipe
-            self.progress.message(instead)
 
     def _say_what_was_read(self) -> list[str]:
         """Says how the rows were understood and what rendering did to them; returns the warnings."""
