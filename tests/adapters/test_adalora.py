@@ -1,4 +1,4 @@
-"""AdaLoRA as an adapter: B (E * A). Its file is plain LoRA, and PEFT's own files are read. Training is in tests/train."""
+"""AdaLoRA as an adapter: B (E * A). Its file is plain LoRA, and PEFT's own files are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.errors import AdapterError
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
 
 # float32, the same formula summed in another order
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 R = 6
 PEFT_EPSILON = 1e-5  # PEFT divides lora_alpha by r + 1e-5
@@ -31,7 +31,12 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 
 def config(**changes: Any) -> LoraConfig:
-    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": TARGETS, "adalora_config": {"target_r": 2}}
+    settings: dict[str, Any] = {
+        "r": R,
+        "lora_alpha": ALPHA,
+        "target_modules": TARGETS,
+        "adalora_config": {"target_r": 2},
+    }
     return LoraConfig(**(settings | changes))
 
 

@@ -81,12 +81,10 @@ def schedule_of(config: AdaLoraConfig, ranks: Sequence[int], total_steps: int) -
         )
     tinit, tfinal = (round(t * total_steps) if t < 1 else int(t) for t in (config.tinit, config.tfinal))
     schedule = Schedule(start, target, tinit, total_steps - tfinal, config.deltaT)
-    between = range(tinit + 1, schedule.last)
-    if not any(schedule.reallocates(step) for step in between):
-        room = f"{len(between)} steps" if len(between) else "no step"
+    if not any(schedule.reallocates(step) for step in range(tinit + 1, schedule.last)):
         raise TrainError(
-            f"AdaLoRA cannot move ranks in this run: of its {total_steps} steps, tinit takes {tinit} and tfinal "
-            f"{tfinal}, and the {room} between them hold no reallocation (deltaT: {config.deltaT})",
+            f"AdaLoRA cannot move ranks in this run: of its {total_steps} steps tinit takes {tinit} and tfinal "
+            f"{tfinal}, and no reallocation (one every {config.deltaT} steps) falls between them",
             where=where,
             fix="lower tinit, tfinal or deltaT, or train for more steps",
         )
