@@ -152,7 +152,7 @@ def _experts_of(experts: Experts, path: str, known: Mapping[str, int]) -> tuple[
         raise AdapterError(
             f"experts: {experts} depends on which experts your data activates, and that was not counted",
             where=where,
-            fix="take the config that choose_experts(module, config, batches) gives",
+            fix="attach with the config that veneer.adapters.activation.choose_experts(module, config, batches) gives",
         )
     if isinstance(experts, Mapping):
         strange = next((name for name in experts if name not in known), None)
