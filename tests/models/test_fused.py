@@ -198,7 +198,7 @@ def test_a_llama_is_recognised_and_keeps_its_parameter_names() -> None:
     model = tiny("Llama")
     before = [name for name, _ in model.named_parameters()]
     fused = fuse(model)
-    assert fused.swapped == {"LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert fused.swapped == {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
     assert [name for name, _ in model.named_parameters()] == before
     assert isinstance(model.model.layers[0].mlp, FusedGatedMlp)
     assert isinstance(model.model.norm, FusedRmsNorm)

@@ -130,8 +130,9 @@ class _GatedMlp(torch.autograd.Function):
         dm = matmul_grad(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
         dg = a.mul_(dm)
         de = _activation_grad(ctx.act, dm.mul_(g), e)
-        de, drg = row_scale_grads(de, e0, kg)
-        dg, dru = row_scale_grads(dg, g0, ku)
+        del a, m, dm, e, g
+        de, drg = row_scale_grads(de, e0, kg, in_place=True)
+        dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
         pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
         dAA = None if x is None else pp.t() @ x

@@ -102,11 +102,17 @@ def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tenso
     return y if bias is None else y.add_(bias)
 
 
-def row_scale_grads(dy: Tensor, u: Tensor | None, less_one: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``(dY g [T, out], dg [out] float32)`` of ``y = g u + b``; without a row scale ``(dY, None)``."""
+def row_scale_grads(
+    dy: Tensor, u: Tensor | None, less_one: Tensor | None, *, in_place: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``(dY g [T, out], dg [out] float32)`` of ``y = g u + b``; without a row scale ``(dY, None)``.
+
+    ``in_place`` writes the first over ``dy``, which must be the caller's own.
+    """
     if less_one is None or u is None:
         return dy, None
-    return torch.addcmul(dy, dy, less_one), (dy * u).sum(0).to(torch.promote_types(dy.dtype, torch.float32))
+    dg = (dy * u).sum(0).to(torch.promote_types(dy.dtype, torch.float32))
+    return torch.addcmul(dy, dy, less_one, out=dy if in_place else None), dg
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.layers import LoraLinear
-from veneer.kernels.gated_mlp import LowRankLinear, gated_mlp
+from veneer.kernels.gated_mlp import gated_mlp
 from veneer.kernels.rms_norm import rms_norm
 from veneer.models import attention
+from veneer.models.fused_attention import fuse_attention
+from veneer.models.low_rank import low_rank, zero_update
 from veneer.quant import QuantizedLinear
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu"}
@@ -48,23 +49,12 @@ class FusedGatedMlp(nn.Module):
         self._act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [_low_rank(layer, x) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        parts = [low_rank(layer, x) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
         gate, up, down = parts
         if gate is None or up is None or down is None:
             out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return out
         return gated_mlp(x, gate, up, down, self._act)
-
-
-def _low_rank(layer: nn.Module, x: Tensor) -> LowRankLinear | None:
-    """The operands of a linear that carries exactly one active adapter and no dropout in force; else None."""
-    if not isinstance(layer, LoraLinear) or layer.transposed or not layer.is_plain(x):
-        return None
-    factors = layer.active_factors()
-    if len(factors) != 1 or factors[0].dropout:
-        return None
-    only = factors[0]
-    return LowRankLinear(layer.weight, layer.bias, only.A, only.B, only.scaling, only.row_scale)
 
 
 @dataclass
@@ -85,6 +75,9 @@ def fuse(module: nn.Module) -> Fused:
     verdicts: dict[type, bool] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
+            if fused.documents and fuse_attention(child):
+                fused.swapped[type(child).__name__] = fused.swapped.get(type(child).__name__, 0) + 1
+                continue
             block = _fused_block(child)
             if block is None:
                 continue
@@ -132,14 +125,8 @@ def _same_output(original: nn.Module, block: nn.Module) -> bool:
     x = torch.randn(3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     expected = original(x)
     if isinstance(block, FusedGatedMlp):
-        layers: list[Any] = [block.gate_proj, block.up_proj, block.down_proj]
-        parts = [
-            LowRankLinear(
-                layer.weight, layer.bias, x.new_zeros(1, layer.in_features), x.new_zeros(layer.out_features, 1), 1.0
-            )
-            for layer in layers
-        ]
-        got = gated_mlp(x, parts[0], parts[1], parts[2], block._act)
+        gate, up, down = (zero_update(layer) for layer in (block.gate_proj, block.up_proj, block.down_proj))
+        got = gated_mlp(x, gate, up, down, block._act)
     else:
         got = block(x)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2

@@ -1,0 +1,145 @@
+"""The three projections of attention, each with its low-rank update, and the rotation of queries and keys, as one.
+
+    q = R(x W_q^T + s x A_q^T B_q^T + b_q),  k likewise,  v without R    (Su et al. 2021, eq. 34; Hu et al. 2021, eq. 3)
+
+where ``R`` turns each pair of halves of a head: ``(u1, u2) -> (u1 c - u2 s, u2 c + u1 s)``. The rows of the three ``A``
+are stacked, so that x is read once; the rotation writes heads first, as attention reads them, with no copy in between.
+
+Kept for the backward: ``x`` once (not where every A is frozen) and the rank-r rows. A row scale needs each projection
+before it: where there is no bias, that is the output turned back and divided, and attention keeps the output anyway.
+Names: ``T`` rows, ``d`` width, ``H`` query heads, ``K`` key heads, ``D`` size of a head, ``r`` rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.kernels.frozen import add_matmul_grad, matmul_grad, matmul_weight
+from veneer.kernels.gated_mlp import LowRankLinear
+from veneer.kernels.lora_linear import lora_linear_reference, row_scale_grads, scale_rows
+
+Qkv = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv_rope_reference(
+    x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor
+) -> Qkv:
+    """The operation in plain PyTorch; the oracle of :func:`qkv_rope`."""
+    size = cos.shape[-1]
+
+    def project(p: LowRankLinear) -> Tensor:
+        y = lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale)
+        return y.view(len(x), -1, size).transpose(0, 1)
+
+    def turn(u: Tensor) -> Tensor:
+        first, second = u.chunk(2, -1)
+        return u * cos + torch.cat((-second, first), -1) * sin
+
+    return turn(project(q)), turn(project(k)), project(v)
+
+
+def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor) -> Qkv:
+    """Queries, keys and values of a row of tokens, rotated.
+
+    Args:
+        x: ``[T, d]`` in the base's dtype.
+        q: ``d -> H D``; k and v: ``d -> K D``; all frozen.
+        cos, sin: ``[T, D]`` of each position, in ``x``'s dtype; both halves of a row are the same.
+
+    Returns:
+        ``[H, T, D]``, ``[K, T, D]`` and ``[K, T, D]``, contiguous.
+    """
+    if not (q.frozen and k.frozen and v.frozen):
+        return qkv_rope_reference(x, q, k, v, cos, sin)
+    flat = [t for p in (q, k, v) for t in (p.weight, p.bias, p.A, p.B, p.row_scale)]
+    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    return result
+
+
+def _turn(u: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
+    """``R u`` of ``u [heads, T, D]`` into ``out``; ``back`` turns by the opposite angle, which is the gradient."""
+    half = cos.shape[-1] // 2
+    (u1, u2), (o1, o2), c, s = u.chunk(2, -1), out.chunk(2, -1), cos[:, :half], sin[:, :half]
+    sign = -1 if back else 1
+    torch.mul(u1, c, out=o1)
+    o1.addcmul_(u2, s, value=-sign)
+    torch.mul(u2, c, out=o2)
+    o2.addcmul_(u1, s, value=sign)
+    return out
+
+
+class _QkvRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scalings: tuple[float, float, float], *operands: Any
+    ) -> Qkv:
+        weights, biases, As, Bs, scales = (operands[i::5] for i in range(5))
+        (rows, _), size = x.shape, cos.shape[-1]
+        stacked = torch.cat([A.to(x.dtype) for A in As])
+        bs = [B.to(x.dtype) for B in Bs]
+        less_one = [None if g is None else (g - 1).to(x.dtype) for g in scales]
+        hh = x @ stacked.t()
+        outs: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for i, h in enumerate(torch.split(hh, [B.shape[1] for B in Bs], 1)):
+            bias = None if less_one[i] is not None else biases[i]
+            u = matmul_weight(x, weights[i], bias).addmm_(h, bs[i].t(), alpha=scalings[i])
+            y = scale_rows(u, less_one[i], biases[i]).view(rows, -1, size).transpose(0, 1)
+            outs.append(_turn(y, cos, sin, y.new_empty(y.shape)) if i < 2 else y.contiguous())
+            kept.append(u if less_one[i] is not None and biases[i] is not None else None)
+        trains_a = any(ctx.needs_input_grad[4 + 5 * i + 2] for i in range(3))
+        scaled = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
+        ctx.save_for_backward(x if trains_a else None, hh, stacked, cos, sin, *bs, *less_one, *kept, *scaled)
+        ctx.weights, ctx.scalings, ctx.dtypes = weights, scalings, [t.dtype for t in (*As, *Bs)]
+        q, k, v = outs
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, hh, stacked, cos, sin, *lists = ctx.saved_tensors
+        bs, less_one, kept, scaled = (lists[i : i + 3] for i in range(0, 12, 3))
+        ranks = [b.shape[1] for b in bs]
+        flats: list[Tensor] = []
+        dBs: list[Tensor] = []
+        dgs: list[Tensor | None] = []
+        ps: list[Tensor] = []
+        for i, (grad, h) in enumerate(zip(grads, torch.split(hh, ranks, 1))):
+            flat = _rows_first(grad, cos, sin, turned=i < 2)
+            u = kept[i]
+            if scaled[i] is not None:
+                g = less_one[i] + 1
+                u = _rows_first(scaled[i], cos, sin, turned=i < 2, unit=True) / g.masked_fill(g == 0, 1)
+            flat, dg = row_scale_grads(flat, u, less_one[i], in_place=True)
+            del u
+            flats.append(flat)
+            dgs.append(dg)
+            ps.append((flat @ bs[i]).mul_(ctx.scalings[i]))
+            dBs.append((flat.t() @ h).mul_(ctx.scalings[i]))
+        pp = torch.cat(ps, 1)
+        dAs: list[Tensor | None] = [None] * 3 if x is None else list(torch.split(pp.t() @ x, ranks))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul_grad(flats[0], ctx.weights[0])
+            dx = add_matmul_grad(add_matmul_grad(dx, flats[1], ctx.weights[1]), flats[2], ctx.weights[2])
+            dx.addmm_(pp, stacked)
+        cast = [None if t is None else t.to(dtype) for t, dtype in zip((*dAs, *dBs), ctx.dtypes)]
+        operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
+        return dx, None, None, None, *operands
+
+
+def _rows_first(t: Tensor, cos: Tensor, sin: Tensor, turned: bool, unit: bool = False) -> Tensor:
+    """``[T, heads * D]`` of ``[heads, T, D]``, turned back; ``unit`` undoes a length that cos and sin may give."""
+    heads, rows, size = t.shape
+    out = t.new_empty(rows, heads, size)
+    if turned:
+        _turn(t, cos, sin, out.transpose(0, 1), back=True)
+        if unit:
+            out.div_((cos.square() + sin.square())[:, None])
+    else:
+        out.transpose(0, 1).copy_(t)
+    return out.view(rows, heads * size)

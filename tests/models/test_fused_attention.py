@@ -1,0 +1,121 @@
+"""Attention with fused projections and rotation: taken where the block computes just that, with its own arguments."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_fused import packed, tiny
+from torch import Tensor, nn
+
+from veneer.adapters import AdaptedModel, LoraConfig, attach
+from veneer.models import fused_attention
+from veneer.models.fused import fuse
+from veneer.models.head import answer_loss, hidden_states
+
+TAKEN = ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma2", "Granite"]
+LEFT_ALONE = ["Qwen3", "Gemma3", "Phi3", "Cohere", "Olmo2", "GPTNeoX", "GPT2"]
+
+
+def fused_blocks(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if fused_attention._ATTRIBUTE in m.__dict__]
+
+
+def adapted(module: nn.Module, **settings: object) -> AdaptedModel:
+    found = attach(module, LoraConfig(r=4, init_lora_weights=False, **settings), seed=0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for _, parameter in found.named_parameters():
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    return found
+
+
+def loss_and_gradients(model: AdaptedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    batch = packed([7, 3, 9])
+    loss = answer_loss(model.module, hidden_states(model.module, batch), batch.targets).loss_sum
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", TAKEN)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loss_and_gradients_are_those_of_the_blocks_own_code(
+    family: str, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own attention forward, over our attention and with the same adapters, is the oracle."""
+    model = tiny(family)
+    fuse(model)
+    assert len(fused_blocks(model)) == 2
+    calls = []
+    original = fused_attention.qkv_rope
+    monkeypatch.setattr(fused_attention, "qkv_rope", lambda *a: (calls.append(1), original(*a))[1])
+    loss, gradients = loss_and_gradients(adapted(model, use_dora=use_dora))
+    assert len(calls) == 2
+    plain = tiny(family)
+    monkeypatch.setattr("veneer.models.fused.fuse_attention", lambda block: False)
+    fuse(plain)
+    assert not fused_blocks(plain)
+    expected, wanted = loss_and_gradients(adapted(plain, use_dora=use_dora))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).norm() < 1e-4 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("family", LEFT_ALONE)
+def test_attention_of_another_form_keeps_its_own_code(family: str) -> None:
+    model = tiny(family)
+    fuse(model)
+    assert not fused_blocks(model)
+
+
+def test_what_the_block_tells_attention_is_taken_from_its_own_forward() -> None:
+    window = fused_blocks(fused("Mistral"))[0].__dict__[fused_attention._ATTRIBUTE]
+    assert window["sliding_window"] == 5
+    first, second = (b.__dict__[fused_attention._ATTRIBUTE] for b in fused_blocks(fused("Gemma2")))
+    assert first["softcap"] == second["softcap"] == 50.0
+    assert (first["sliding_window"], second["sliding_window"]) == (5, None)  # they alternate
+    assert first["scaling"] == 8**-0.5
+
+
+def test_a_clamp_that_small_numbers_do_not_reach_is_seen() -> None:
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    for clip, expected in ((None, 1), (50.0, 0)):
+        model = OlmoForCausalLM(OlmoConfig(**settings, num_attention_heads=4, clip_qkv=clip)).eval()
+        fuse(model)
+        assert len(fused_blocks(model)) == expected
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = fused("Llama")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for block in fused_blocks(twin):
+        assert block.forward.__self__ is block
+
+
+def test_without_documents_with_a_cache_or_without_an_adapter_the_block_runs_its_own_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted(fused("Llama"))
+    monkeypatch.setattr(fused_attention, "qkv_rope", None)  # calling it would raise
+    ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    model.module(ids)
+    model.module.generate(ids, max_new_tokens=2, do_sample=False)
+    batch = packed([4, 5])
+    with model.disabled():
+        hidden_states(model.module, batch)
+    with pytest.raises(TypeError):
+        hidden_states(model.module, batch)
+
+
+def fused(family: str) -> nn.Module:
+    model = tiny(family)
+    fuse(model)
+    return model
