@@ -2,7 +2,8 @@
 
 With A fixed, ``s dB' A`` comes closest to the gradient of the weight for ``dB' = (1 / s^2) dB (A A^T)^-1``. As in PEFT
 the norm that is clipped, and logged, is that of dB itself, and AdamW's moments are those of ``dB'``. PEFT computes the
-product in bfloat16, here it is in float32; its AdamW decays the weights after the step, and its epsilon is 1e-6.
+product in bfloat16, here it is in float32; its AdamW decays the weights after the step, and adds its epsilon (1e-6)
+before the correction of the bias.
 """
 
 from __future__ import annotations
