@@ -70,6 +70,15 @@ def test_both_operations_give_the_oracles_output_and_gradients(positions: Any) -
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_bias_and_a_stack_that_are_trained_get_their_gradients() -> None:
+    """As in an own copy of experts (modules_to_save) beside others in codes."""
+    x, weight, bias, _, _ = operands()
+    groups = group_by_expert(INDEX, E)
+    trained = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda a, w, b: grouped_linear(a, groups, w, b, gather=True), trained)
+    assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, groups, weight, b, gather=True), trained[::2])
+
+
 def test_rows_come_back_to_their_tokens() -> None:
     groups = group_by_expert(torch.tensor([[3, 1], [9, 0], [1, 1]]), 4)
     assert groups.counts == (1, 3, 0, 1)

@@ -99,35 +99,37 @@ def grouped_reference(
     groups: Groups,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scaling: float = 1.0,
     positions: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Both operations in plain PyTorch over gathered ``x [N, in]``, differentiable in everything; the oracle."""
     parts = []
     for expert, span in groups.spans():
-        y = F.linear(x[span], weight[expert], None if bias is None else bias[expert])
+        y = F.linear(x[span], weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
         at = expert if positions is None else positions[expert]
-        if at >= 0:
+        if A is not None and B is not None and at >= 0:
             y = y + scaling * (x[span] @ A[at].to(x.dtype).t()) @ B[at].to(x.dtype).t()
         parts.append(y)
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
 def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
-    """``x_e W_e^T + b_e``, differentiable in ``x`` alone.
+    """``x_e W_e^T + b_e``, differentiable in ``x`` and ``b``; in a ``W`` that is trained too, by plain operations.
 
     Args:
         x: ``[T, in]`` the tokens, with ``gather``; else ``[N, in]``, a row for each pair, sorted by expert.
         weight: ``[E, out, in]`` frozen, a tensor (any strides) or codes; computed with in ``x``'s dtype.
-        bias: ``[E, out]`` frozen, or None.
+        bias: ``[E, out]``, or None.
 
     Returns:
         ``[N, out]`` in ``x``'s dtype, sorted by expert.
     """
-    result: Tensor = _GroupedLinear.apply(x, groups, weight, bias, gather)  # type: ignore[no-untyped-call]  # torch's
-    return result
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        return grouped_reference(x[groups.tokens] if gather else x, groups, weight, bias)
+    y: Tensor = _GroupedLinear.apply(x, groups, weight, gather)  # type: ignore[no-untyped-call]  # torch's
+    return y if bias is None else y.add_(bias.to(y.dtype)[groups.experts])
 
 
 def add_grouped_lora(
@@ -158,16 +160,16 @@ def add_grouped_lora(
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, gather: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: Groups, weight: Stack, gather: bool) -> Tensor:
         ctx.groups, ctx.weight, ctx.shape = groups, weight, x.shape
         ctx.rows = groups.tokens if gather else None
-        return _products(x, ctx.rows, groups, _Matrices(weight, x.dtype), bias)
+        return _products(x, ctx.rows, groups, _Matrices(weight, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _grad_input(dy, ctx.rows, ctx.shape, ctx.groups, _Matrices(ctx.weight, dy.dtype))
-        return dx, None, None, None, None
+        dy = dy.contiguous()  # torch's kernel reads no expanded rows
+        return _grad_input(dy, ctx.rows, ctx.shape, ctx.groups, _Matrices(ctx.weight, dy.dtype)), None, None, None
 
 
 class _AddGroupedLora(torch.autograd.Function):
@@ -195,6 +197,7 @@ class _AddGroupedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B = ctx.saved_tensors
+        dy = dy.contiguous()
         groups, rows, positions = ctx.groups, ctx.rows, ctx.positions
         p = _grad_input(dy, None, h.shape, groups, _Matrices(B, dy.dtype, positions)).mul_(ctx.scaling)
         dx = None
@@ -241,24 +244,16 @@ def has_kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]
 
 
 def _products(
-    x: Tensor,
-    rows: Tensor | None,
-    groups: Groups,
-    matrices: _Matrices,
-    bias: Tensor | None = None,
-    onto: Tensor | None = None,
+    x: Tensor, rows: Tensor | None, groups: Groups, matrices: _Matrices, onto: Tensor | None = None
 ) -> Tensor:
-    """``x_e W_e^T + b_e`` ``[N, out]``, added to ``onto`` where that is given; zero for experts without a matrix."""
+    """``x_e W_e^T`` ``[N, out]``, added to ``onto`` where that is given; zero for experts without a matrix."""
     if (whole := matrices.whole()) is not None:
         y = F.grouped_mm(_rows(x, rows), whole.mT, offs=groups.ends)
-        if bias is not None:
-            y += bias.to(y.dtype)[groups.experts]
         return y if onto is None else onto.add_(y)
     y = x.new_zeros(len(groups.order), matrices.stack.shape[1]) if onto is None else onto
     for expert, span in groups.spans():
         if (weight := matrices.of(expert)) is not None:
-            own = None if bias is None else bias[expert].to(y.dtype)
-            product = matmul_weight(_rows(x, rows, span), weight, own)
+            product = matmul_weight(_rows(x, rows, span), weight)
             y[span] = product if onto is None else y[span].add_(product)
     return y
 
