@@ -22,6 +22,7 @@ _WHERE = {
     "generate": "veneer.generate",
     "evaluate": "veneer.evaluate",
     "train": "veneer.train",
+    "initialise": "veneer.train",
     "inspect_adapter": "veneer.ship",
     "resize_adapter": "veneer.ship",
     "VeneerError": "veneer.errors",
@@ -37,6 +38,7 @@ __all__ = [
     "attach",
     "evaluate",
     "generate",
+    "initialise",
     "inspect_adapter",
     "load_base",
     "resize_adapter",
@@ -51,6 +53,6 @@ if TYPE_CHECKING:
     from veneer.generate.generate import generate
     from veneer.models import Base, add_tokens, load_base, save_base
     from veneer.ship import inspect_adapter, resize_adapter
-    from veneer.train import train
+    from veneer.train import initialise, train
 
 lazy_names(__name__, _WHERE)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from veneer.adapters.config import DATA_INITS
+from veneer.adapters.config import DATA_INITS, LoraConfig
 from veneer.adapters.init import stream
 from veneer.adapters.init_eva import Covariance, share_ranks
 from veneer.adapters.init_lora_ga import gradient_factors
@@ -55,14 +55,7 @@ def initialise_from(
     Raises:
         AdapterError: the adapter does not wait for data, there is none, or no adapted layer took part.
     """
-    name = adapted.active if name is None else name
-    config = adapted.configs.get(name or "")
-    if name is None or config is None or name not in adapted.waiting:
-        raise AdapterError(
-            "this adapter does not wait for data",
-            where=f"adapter {name!r}",
-            fix=f"attach one with init_lora_weights: {' or '.join(DATA_INITS)}, and initialise it once",
-        )
+    name, config = check_waits(adapted, name)
     if not batches:
         raise AdapterError(
             f"{config.init_lora_weights} starts from rows of data, and there are none",
@@ -80,6 +73,22 @@ def initialise_from(
         adapted.module.train(was_training)
     adapted.started(name)
     return text
+
+
+def check_waits(adapted: AdaptedModel, name: str | None = None) -> tuple[str, LoraConfig]:
+    """The name and the config of an adapter (the active one) that waits for data.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    name = adapted.active if name is None else name
+    if name is None or name not in adapted.waiting:
+        raise AdapterError(
+            "this adapter does not wait for data",
+            where=f"adapter {name!r}",
+            fix=f"attach one with init_lora_weights: {' or '.join(DATA_INITS)}, and initialise it once",
+        )
+    return name, adapted.configs[name]
 
 
 def _start_eva(

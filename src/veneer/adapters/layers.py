@@ -166,10 +166,10 @@ class LoraLinear(nn.Module):
         return self._weight_of(self.active)
 
     def _weight_of(self, names: Iterable[str]) -> Weight:
-        own = self._own_codes(names)
+        own = self.own_codes(names)
         return self.base_layer.weight if own is None else own.weight  # type: ignore[return-value]  # nn.Module's attributes are untyped
 
-    def _own_codes(self, names: Iterable[str]) -> QuantizedLinear | None:
+    def own_codes(self, names: Iterable[str]) -> QuantizedLinear | None:
         """What stands in for the base's codes in one of these adapters, computing in the base's dtype."""
         for name in names:
             own: Any = self.adapters[name].own if name in self.adapters else None
@@ -241,7 +241,7 @@ class LoraLinear(nn.Module):
             if self.transposed and isinstance(weight, Tensor):
                 weight = weight.t()
             return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling, only.row_scale)
-        own = self._own_codes(self.active)
+        own = self.own_codes(self.active)
         base: Tensor = self.base_layer(x) if own is None else own(x)
         y = base
         for f in factors:

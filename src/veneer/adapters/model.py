@@ -256,7 +256,8 @@ class AdaptedModel:
         names = tuple(dict.fromkeys(self._known(n) for n in (name, *more)))
         for path, slot in self._slots.items():
             here = [n for n in names if n in slot.adapters]
-            if isinstance(slot, SavedModule) and len(here) > 1:
+            own = [n for n in here if isinstance(slot, LoraLinear) and slot.own_codes((n,)) is not None]
+            if (isinstance(slot, SavedModule) and len(here) > 1) or len(own) > 1:
                 raise AdapterError(f"adapters {here} both replace this module", where=path, fix="use one of them")
             if isinstance(slot, (TokenEmbedding, TokenHead)):
                 ids = [i for n in here for i in slot.adapters[n].ids.tolist()]  # type: ignore[operator]  # untyped

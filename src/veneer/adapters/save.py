@@ -72,7 +72,9 @@ def save_adapter(
             what = f"the folder holds other files ({', '.join(strangers[:3])})"
             raise StorageError(what, where=str(target), fix="save the adapter in a folder of its own")
     identity = None if adapted.base is None else adapted.base.identity.to_dict()
-    quantization = precision_of(adapted.base).to_dict()
+    # Trained over codes of its own, an adapter is for the weights that they were made from.
+    has_own_codes = any(adapter.own is not None for adapter in adapted.linears(name).values())
+    quantization = None if has_own_codes else precision_of(adapted.base).to_dict()
     record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
     if any(stack.experts is not None for stack in plan.experts):  # PEFT's layout has zeros for the others
         record["experts"] = {t.path: list(t.experts or range(t.count)) for t in plan.experts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from veneer.models.classifier import load_classifier_module
 from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
 from veneer.models.identity import BaseIdentity, cached_sha256, hash_files, hash_template, hash_tokenizer_files
+from veneer.models.originals import each_original
 from veneer.models.quantized import Quantized, held_bytes
 from veneer.models.quantized_config import chosen_config, declared_config
 from veneer.models.quantized_load import Progress, load_quantized
@@ -68,6 +69,14 @@ class Base:
     def quantization(self) -> QuantConfig | None:
         """How the weights are stored; None where they are plain tensors."""
         return None if self.quantized is None else self.quantized.config
+
+    def each_original(self, paths: Collection[str], visit: Callable[[str, torch.Tensor], None]) -> None:
+        """Calls ``visit`` with each path and its linear's weight ``[out, in]`` before it was quantised, one at a time.
+
+        Raises:
+            ModelError: the files hold codes alone, or cannot be read any more.
+        """
+        each_original(self.module, weight_files(Path(self.module.name_or_path)), paths, visit)
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ time; each weight that it asks for comes to :meth:`Job.take` as the last step of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,7 @@ class Job:
         chosen: what is to be in codes, by parameter.
         offered: what transformers hands over instead of placing it itself.
         stored: each weight that is in codes in the files, by the name that transformers reads it under.
+        visit: is given each chosen weight ``[out, in]`` as it stands in the file; nothing is made of it then.
         wrong: parameters of another shape than the model's: name, shape in the file, shape in the model.
         failed, failed_at: why the load has to stop, and at which parameter.
     """
@@ -54,6 +56,7 @@ class Job:
     chosen: dict[str, Weight]
     offered: dict[str, Weight]
     stored: dict[str, StoredWeight]
+    visit: Callable[[str, Tensor], None] | None = None
     made: dict[str, QuantizedTensor] = field(default_factory=dict)
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     failed: Exception | None = None
@@ -92,10 +95,14 @@ class Job:
             )
         if not self._fits(name, tuple(value.shape), weight.shape):
             return None
-        if self.config is None:
+        if self.config is None and self.visit is None:
             return value
         if weight.transposed:
             value = value.transpose(-1, -2)
+        if self.visit is not None:
+            if name in self.chosen:
+                self.visit(name, value)
+            return None
         self.made[name] = quantize(value.to(self.device), self.config, name, self.dtype)
         return None
 

@@ -71,8 +71,8 @@ def load_quantized(
         quantized_experts.register()
         options["experts_implementation"] = quantized_experts.NAME
     heap = Heap()
-    source = _sources(job, tensors, progress, heap)
-    module = _load(type(skeleton), skeleton.config, folder, source, job, options)
+    source = sources(job, tensors, progress, heap)
+    module = load_plain(type(skeleton), skeleton.config, folder, source, job, options)
     if progress is not None:
         progress(len(source), len(source), "")
     _check_shapes(skeleton, module, job, folder)
@@ -82,7 +82,7 @@ def load_quantized(
     return module.to(device), measure(module, job.made, plan, skip, held_bytes(skeleton))
 
 
-def _load(
+def load_plain(
     model_class: type[Any], config: Any, folder: Path, source: dict[str, Lazy], job: Job, options: dict[str, Any]
 ) -> nn.Module:
     """The model with the weights that are not in codes, on the CPU; the job has the others."""
@@ -115,7 +115,7 @@ def _load(
     return result
 
 
-def _sources(job: Job, tensors: dict[str, StoredTensor], progress: Progress | None, heap: Heap) -> dict[str, Lazy]:
+def sources(job: Job, tensors: dict[str, StoredTensor], progress: Progress | None, heap: Heap) -> dict[str, Lazy]:
     """What transformers reads: every tensor of the files, and an empty one for each weight that is in codes."""
     parts = {name for weight in job.stored.values() for name in weight.parts}
     names = [name for name in tensors if name not in parts] + list(job.stored)

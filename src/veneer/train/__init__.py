@@ -12,16 +12,17 @@ from veneer.lazy import lazy_names
 _WHERE = {
     "Progress": "veneer.train.progress",
     "Silent": "veneer.train.progress",
-    "TrainResult": "veneer.train.session",
+    "TrainResult": "veneer.train.result",
+    "initialise": "veneer.train.api",
     "train": "veneer.train.api",
     "train_recipe": "veneer.train.api",
 }
 
-__all__ = ["Progress", "Silent", "TrainResult", "train", "train_recipe"]
+__all__ = ["Progress", "Silent", "TrainResult", "initialise", "train", "train_recipe"]
 
 if TYPE_CHECKING:
-    from veneer.train.api import train, train_recipe
+    from veneer.train.api import initialise, train, train_recipe
     from veneer.train.progress import Progress, Silent
-    from veneer.train.session import TrainResult
+    from veneer.train.result import TrainResult
 
 lazy_names(__name__, _WHERE)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from veneer.adapters import AdaptedModel, LoraConfig, attach
+from veneer.adapters.init_data import check_waits, initialise_from
 from veneer.data.conversation import Rows
 from veneer.errors import UsageError, did_you_mean
 from veneer.models import Base
@@ -22,7 +25,8 @@ from veneer.train.distributed import World, join_world, leave_world, local_devic
 from veneer.train.preflight import read_rows
 from veneer.train.progress import Progress, Silent
 from veneer.train.record import check_output
-from veneer.train.session import Session, TrainResult
+from veneer.train.result import TrainResult
+from veneer.train.session import Session
 from veneer.train.track import check_trackers
 
 Source = Rows | str | Path | Sequence[Mapping[str, Any]]
@@ -92,17 +96,55 @@ def train(
     Raises:
         UsageError: an unknown setting, or a model without a base. Otherwise as :func:`train_recipe`.
     """
-    base = model.base
-    if not isinstance(base, Base):
-        raise UsageError(
-            "this model has no tokenizer to render rows with",
-            where="train(model, ...)",
-            fix="attach the adapter to what veneer.load_base returns; any other module trains in a loop of your own",
-        )
+    base = _base_of(model, "train(model, ...)")
     recipe = _recipe_of(model, base, data, eval_data, output_dir, settings)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message, data, eval_data)
         return Session(model, base, recipe, rows, held_out, world, progress).run(resume=resume, overwrite=overwrite)
+
+
+def initialise(
+    model: AdaptedModel,
+    data: Any,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> None:
+    """Starts the active adapter from data, where its ``init_lora_weights`` is ``"eva"`` or ``"lora_ga"``.
+
+    A run does this by itself; a loop of one's own calls it before it makes its optimizer.
+
+    Args:
+        model: what :func:`veneer.attach` returned.
+        data: training rows, as for :func:`train`; with ``loss`` a list of batches.
+        loss: runs the model on one of these batches and returns the scalar that is minimised. Any module can be started
+            in this way; without it the model has to be a base from :func:`veneer.load_base`.
+        progress: is told how it goes; silent by default.
+        settings: as for :func:`train`, such as ``max_length=512`` or ``train_on="last"``.
+
+    Raises:
+        AdapterError: the adapter does not wait for data, or no row reached a layer of it. Otherwise as :func:`train`.
+    """
+    say = progress or Silent()
+    if loss is not None:
+        say.message(initialise_from(model, list(data), loss))
+        return
+    check_waits(model)
+    base = _base_of(model, "initialise(model, ...)")
+    recipe = _recipe_of(model, base, data, None, "runs/veneer", settings)
+    rows, _ = read_rows(recipe.data, say.message, data)
+    Session(model, base, recipe, rows, None, World(), say).start_adapter()
+
+
+def _base_of(model: AdaptedModel, where: str) -> Base:
+    if not isinstance(model.base, Base):
+        raise UsageError(
+            "this model has no tokenizer to render rows with",
+            where=where,
+            fix="attach the adapter to what veneer.load_base returns; any other module trains in a loop of your own",
+        )
+    return model.base
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, set_rng_state
-from veneer.train.checkpoint import checkpoint_path, defect, discard_after
+from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
     check_classifier,
     class_micro_batches,
@@ -40,6 +40,7 @@ from veneer.train.classification import (
 from veneer.train.distributed import World
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.hooks import step_hook
+from veneer.train.initialise import start_from_checkpoint, start_from_rows
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
 from veneer.train.loop import Trainer, train_loop
@@ -55,6 +56,7 @@ from veneer.train.preflight import (
 )
 from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
+from veneer.train.result import TrainResult
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
 from veneer.train.sft import sft
 from veneer.train.state import Plan, TrainerState
@@ -62,47 +64,6 @@ from veneer.train.step_hook import StepHook
 from veneer.train.track import open_trackers
 
 OBJECTIVES = {"sft": sft, "classification": classification}
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to. It stands for its folder wherever a path is taken.
-
-    Attributes:
-        path: the run folder.
-        model: the model with its best adapter, in eval mode.
-        steps: optimizer steps done.
-        epochs: passes over the training rows.
-        best_step: the step whose adapter was kept; None without held-out rows.
-        metrics: ``train_loss`` (the last one), the held-out figures of the kept step (``eval_...``) and those of the
-            base before training (``base_eval_...``).
-        training: steps, tokens, seconds, tokens per second, peak memory.
-        interrupted: a stop was asked for; the run can be resumed.
-        early_stopped: patience ran out.
-    """
-
-    path: Path
-    model: AdaptedModel = field(repr=False)
-    steps: int
-    epochs: float
-    best_step: int | None
-    metrics: dict[str, float]
-    training: dict[str, float]
-    interrupted: bool
-    early_stopped: bool
-
-    @property
-    def adapter(self) -> Path:
-        """The best adapter, in PEFT's format."""
-        return RunFolder(self.path).adapter
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return RunFolder(self.path).report
-
-    def __fspath__(self) -> str:
-        return str(self.path)
 
 
 @dataclass
@@ -145,6 +106,7 @@ class Session:
             if instead is not None:
                 del self.layout  # made anew from the settled recipe
                 self.progress.message(instead)
+        self.start_adapter(resume=resume)
         optimizer = FlatAdamW(
             adapted.named_parameters(),
             optim=settings.optim,
@@ -212,6 +174,24 @@ class Session:
             write_report(self.folder.path)
         world.barrier()
         return result
+
+    def start_adapter(self, *, resume: bool = False) -> None:
+        """Starts an adapter that waits for data, from the training rows or as in the checkpoint to go on from."""
+        adapted, name = self.adapted, self.adapted.active
+        assert name is not None
+        if note := adapted.notes.get(name):
+            self.progress.message(note)
+        if name not in adapted.waiting:
+            return
+        own = newest_checkpoint(self.folder.checkpoints, lambda text: None) if resume and self.world.is_main else None
+        if checkpoint := self.world.gather(str(own or ""))[0]:
+            start_from_checkpoint(adapted, Path(checkpoint))
+            return
+        batches = micro_batches if self.classes is None else class_micro_batches
+        objective, device = OBJECTIVES[self.recipe.objective], self.base.device
+        seed = self.recipe.train.seed
+        say = self.progress.message
+        say(start_from_rows(adapted, self.dataset, self.layout, batches, objective, device, seed, self.world))
 
     @cached_property
     def folder(self) -> RunFolder:
