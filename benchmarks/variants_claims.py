@@ -82,17 +82,17 @@ def _speed(outcomes: Outcomes, name: str, least: float) -> Answer:
 
 
 def _dora(outcomes: Outcomes) -> Answer:
-    """In points of exact match where LoRA leaves room for them, else in points of token accuracy."""
+    """By the first measure that decides: exact match, where LoRA leaves room for it, else token accuracy."""
     mine, lora = outcomes["dora"].records, outcomes["lora"].records
     answered = all("exact" in record for record in [*mine, *lora])
     measures = [("exact match", exact_match)] if answered and _has_room(lora) else []
-    parts = []
-    held = False
+    verdict, parts = UNTESTED, []
     for name, measure in [*measures, ("token accuracy", token_accuracy)]:
         delta = difference(measure, mine, lora)
-        held |= delta.sign > 0 and delta.value >= 1.0
         parts.append(f"{name} {said(delta, 2)} points")
-    return _held(held), "; ".join(parts)
+        if verdict == UNTESTED and (delta.high < 1.0 or (delta.sign > 0 and delta.value >= 1.0)):
+            verdict = _held(delta.high >= 1.0)
+    return verdict, "; ".join(parts)
 
 
 def _has_room(records: list[Record]) -> bool:

@@ -20,7 +20,7 @@ class Results:
 
     Args:
         path: the file; it need not exist. None keeps the records in memory. A last line without its end is torn (the
-            run that wrote it was cut): it is left out, and overwritten by the next record.
+            run that wrote it was cut): it is left out, and cut off by the next record.
 
     Raises:
         SystemExit: a line is no record.
@@ -30,13 +30,14 @@ class Results:
         self.path = path
         self._records: dict[Key, Record] = {}
         content = path.read_bytes() if path is not None and path.exists() else b""
-        self._whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[: self._whole].splitlines(), start=1):
+        whole = content.rfind(b"\n") + 1
+        self._torn_at = whole if whole < len(content) else None
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 record = json.loads(line)
                 self._records[key_of(record)] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}:{number} is no result of this benchmark: {error!r}") from error
+                raise SystemExit(f"{path}:{number} is no result of this benchmark ({type(error).__name__})") from error
 
     def __iter__(self) -> Iterator[Record]:
         """What was measured; not the failures."""
@@ -56,8 +57,8 @@ class Results:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-            file.seek(self._whole)
-            file.truncate()
+        with open(self.path, "ab") as file:  # two runs may add to one file
+            if self._torn_at is not None:
+                file.truncate(self._torn_at)
+                self._torn_at = None
             file.write(json.dumps(record).encode() + b"\n")
-            self._whole = file.tell()
