@@ -15,6 +15,8 @@ from runs import lines
 from veneer.adapters import LoraConfig, attach
 from veneer.errors import AdapterError
 from veneer.models import load_base
+from veneer.recipe import load_recipe
+from veneer.train import train
 from veneer.train.distributed import World
 from veneer.train.experts import with_chosen_experts
 from veneer.train.preflight import read_rows, render_rows
@@ -93,3 +95,16 @@ def test_a_config_without_top_k_stays_itself_and_too_many_experts_are_refused_be
     assert with_chosen_experts(config, base, None, recipe(), World()) == (config, None)  # type: ignore[arg-type]  # not read
     with pytest.raises(AdapterError, match="top-500 of 4"):
         with_chosen_experts(LoraConfig(r=4, experts="top-500"), base, None, recipe(), World())  # type: ignore[arg-type]  # not read
+
+
+def test_experts_that_were_chosen_layer_by_layer_train_and_stand_in_the_recipe_of_the_run(
+    moe: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    chosen = {"model.layers.0.mlp.experts": [1], "model.layers.1.mlp.experts": [0, 3]}
+    base = load_base(moe, dtype="float32", device="cpu")
+    config = LoraConfig(r=4, target_modules=["q_proj"], experts=chosen)
+    train(attach(base, config, seed=0), str(tiny_rows), output_dir=tmp_path / "python", eval_data=None, max_steps=2)
+    recipe = load_recipe(tmp_path / "python" / "recipe.yaml")
+    assert recipe.adapter.experts == chosen
+    record = json.loads((tmp_path / "python" / "adapter" / "veneer.json").read_text())
+    assert record["experts"] == chosen

@@ -121,8 +121,9 @@ class AdapterRecipe(Section):
     target_parameters: list[Text] | None = Field(
         default=None, description="parameters that hold stacked experts, by the ends of their paths"
     )
-    experts: Text | list[Token] = Field(
-        default="none", description="routed experts that are adapted: none, all, top-K by use on training rows, a list"
+    experts: Text | list[Token] | dict[str, list[Token]] = Field(
+        default="none",
+        description="routed experts that are adapted: none, all, top-K by use on training rows, a list (or by layer)",
     )
     modules_to_save: list[Text] | None = Field(default=None, description="modules that are trained and saved whole")
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = Field(
