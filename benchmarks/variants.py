@@ -201,7 +201,9 @@ def prepare_task(options: argparse.Namespace, data: Path | None, folder: Path) -
         path.write_text("".join(lines[len(lines) // 2 :][: options.answers]), encoding="utf-8")
         answers = str(path)
     digest = hashlib.sha256(rows.read_bytes() + b"\0" + held_out.read_bytes()).hexdigest()[:12]
-    return Task(label, rows, held_out, answers, f"{digest}, {options.answers if answers else 0} answered")
+    return Task(
+        label.removesuffix(".jsonl"), rows, held_out, answers, f"{digest}, {options.answers if answers else 0} answered"
+    )
 
 
 def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def advice(found: Findings) -> list[str]:
         *_pair(tasks, "lora-qv", "For the same number of parameters", "only q and v", reverse=True),
         *_drift(tasks),
         *_learning_rate(tasks),
-        *_memory(found.costs),
+        *_memory(tasks, found.costs),
     ]
 
 
@@ -66,7 +66,7 @@ def _first_choice(tasks: Mapping[str, Outcomes], costs: Mapping[str, Record]) ->
 
 
 def _no_gain(tasks: Mapping[str, Outcomes]) -> list[str]:
-    """Of the others: better somewhere, worse somewhere, or no different."""
+    """Of the others: better on one task alone, nowhere better and somewhere worse, or no different."""
     mixed: list[str] = []
     worse: list[str] = []
     same: list[str] = []
@@ -78,11 +78,11 @@ def _no_gain(tasks: Mapping[str, Outcomes]) -> list[str]:
     sentences = []
     if mixed:
         told = _each(tasks, mixed)
-        sentences.append(f"**Try on your own data**, for they were better on one task alone: {told}.")
+        sentences.append(f"**Try on your own data**, for they were better on one task and not on every one: {told}.")
     if same:
         sentences.append(f"**No difference beyond chance** was measured for {_named(same)}.")
     if worse:
-        sentences.append(f"**Worse than LoRA here**: {_each(tasks, worse)}.")
+        sentences.append(f"**Worse than LoRA** on one task at least, and on none better: {_each(tasks, worse)}.")
     return sentences
 
 
@@ -124,7 +124,7 @@ def _pair(tasks: Mapping[str, Outcomes], name: str, when: str, what: str, revers
 
 def _drift(tasks: Mapping[str, Outcomes]) -> list[str]:
     """The least drift among the methods that are nowhere worse than LoRA."""
-    sound = [REFERENCE, *(n for n in _variants(tasks) if all(sign <= 0 for sign in signs(tasks, n).values()))]
+    sound = [REFERENCE, *_sound(tasks)]
     means = {n: [drift(outcomes[n].records).value.value for outcomes in tasks.values()] for n in sound}
     least = min(sound, key=lambda name: sum(means[name]))
     if least == REFERENCE:
@@ -153,13 +153,18 @@ def _learning_rate(tasks: Mapping[str, Outcomes]) -> list[str]:
     return [f"**Learning rate**: LoRA's best was {lora}{rest}. Search it again when you change the method."]
 
 
-def _memory(costs: Mapping[str, Record]) -> list[str]:
-    """The method that saves the most memory, where one does."""
-    saving = {n: r["memory_ratio"] for n, r in costs.items() if r["memory_ratio"] < 0.97}
+def _memory(tasks: Mapping[str, Outcomes], costs: Mapping[str, Record]) -> list[str]:
+    """The method that saves the most memory among those that are nowhere worse, where one does."""
+    saving = {n: costs[n]["memory_ratio"] for n in _sound(tasks) if n in costs and costs[n]["memory_ratio"] < 0.97}
     if not saving:
         return []
     least = min(saving, key=lambda name: saving[name])
     return [f"**Where memory is short**, {METHODS[least].label} trained with {saving[least]:.2f} times LoRA's."]
+
+
+def _sound(tasks: Mapping[str, Outcomes]) -> list[str]:
+    """The variants that are nowhere worse than LoRA by more than chance."""
+    return [name for name in _variants(tasks) if all(sign <= 0 for sign in signs(tasks, name).values())]
 
 
 def _delta(one: Outcome, other: Outcome) -> Difference:
@@ -184,8 +189,12 @@ def _figures(tasks: Mapping[str, Outcomes], name: str) -> str:
 
 
 def _each(tasks: Mapping[str, Outcomes], names: list[str]) -> str:
-    """Several methods' gains."""
-    return "; ".join(f"{METHODS[name].label}, {_figures(tasks, name)}" for name in names)
+    """Several methods' gains in per cent of the perplexity, in the order of the tasks."""
+    return ", ".join(f"{METHODS[name].label} ({_per_cent(tasks, name)})" for name in names)
+
+
+def _per_cent(tasks: Mapping[str, Outcomes], name: str) -> str:
+    return ", ".join(f"{100 * _relative(outcomes, name):+.1f} %" for outcomes in tasks.values())
 
 
 def _cost(costs: Mapping[str, Record], name: str) -> str:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.variants_claims import Outcomes
 from benchmarks.variants_figures import curve, drift, perplexity, trailing, window
@@ -34,7 +35,9 @@ def draw_losses(outcomes: Outcomes, path: Path) -> None:
             losses = curve(outcomes[method].records)
             width = window(len(losses))
             axis.plot(range(width, len(losses) + 1), trailing(losses, width), color=colour, linewidth=1.4)
+        axis.set_yscale("log")
         axis.set_title(f"{METHODS[name].label} (grey: {METHODS[reference].label})", fontsize=8)
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
     figure.supxlabel("step", fontsize=8)
@@ -59,6 +62,9 @@ def draw_drift(outcomes: Outcomes, path: Path) -> None:
         axis.annotate(METHODS[name].label, (x, y.value), xytext=(4, 4), textcoords="offset points", fontsize=7)
     if all(x > 0 and math.isfinite(x) for x, _ in points.values()):
         axis.set_xscale("log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(axis="x", which="both", labelsize=8)
     axis.set_xlabel("drift: KL from the base on its own answers, nats per token")
     axis.set_ylabel("held-out perplexity, with 95 % intervals")
     axis.grid(alpha=0.25)

@@ -51,7 +51,13 @@ def page(found: Findings, stem: str = "variants") -> str:
     """The whole page as Markdown."""
     parts = ["# The variants of LoRA, compared", *(paragraph(text) for text in _about(found))]
     parts += ["## Which one should I use", *(paragraph(text) for text in advice(found))]
-    parts.append(paragraph("These sentences are derived from the tables below by fixed rules, and change with them."))
+    parts.append(
+        paragraph(
+            "Percentages are of the reference's perplexity, one for each task. These sentences are derived from the "
+            "tables below by fixed rules, and change with them. They are about this base, these rows and runs of this "
+            "length; with so many comparisons, one or two differences may be chance after all."
+        )
+    )
     parts += ["## What the literature says", _claims(found)]
     for task, outcomes in found.tasks.items():
         parts += [f"## Quality: {task}", *_quality(found, task, outcomes, stem)]
@@ -170,8 +176,8 @@ def _sizes(found: Findings) -> list[str]:
     )
     if found.costs:
         parts += [
-            "Against the reference, step by step in turn with it (medians of paired ratios; memory from the first step "
-            "on, and of the whole process):",
+            "Against the reference, in turn with it (medians of paired ratios; memory from the first step on, and of "
+            "the whole process):",
             cost_table(found.costs),
             paragraph(
                 f"The targets: DoRA at most {DORA_LIMITS[0]:.2f} times LoRA's step time and {DORA_LIMITS[1]:.2f} times "
