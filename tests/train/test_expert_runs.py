@@ -108,3 +108,12 @@ def test_experts_that_were_chosen_layer_by_layer_train_and_stand_in_the_recipe_o
     assert recipe.adapter.experts == chosen
     record = json.loads((tmp_path / "python" / "adapter" / "veneer.json").read_text())
     assert record["experts"] == chosen
+
+
+def test_a_recipe_with_top_k_counts_on_its_rows_and_trains_those(
+    small_run: Callable[..., Any], moe: Path, tmp_path: Path
+) -> None:
+    _, watcher = small_run("top", base=str(moe), adapter={**ADAPTER, "experts": "top-2"})
+    assert any("experts that training rows activate most" in text for _, text in watcher.messages)
+    chosen = json.loads((tmp_path / "top" / "adapter" / "veneer.json").read_text())["experts"]
+    assert [len(experts) for experts in chosen.values()] == [2, 2]

@@ -102,7 +102,11 @@ class AdapterRecipe(Section):
     use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead")
     use_dora: bool = Field(default=False, description="train the size of each weight row apart from its direction")
     use_lora_fa: bool = Field(default=False, description="train B alone; A stays as it starts")
-    init_lora_weights: bool | Text = Field(
+    init_lora_weights: (
+        bool
+        | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+    ) = Field(
         default=True,
         description="true (Kaiming), gaussian, orthogonal; from the weights pissa, pissa_niter_N, olora, loftq; "
         "from training rows eva, lora_ga; false starts from a random update (for tests)",

@@ -22,6 +22,7 @@ from veneer.run import RunFolder
 from veneer.train.base import load_base_of
 from veneer.train.classification import for_classifier, load_classifier_of
 from veneer.train.distributed import World, join_world, leave_world, local_device
+from veneer.train.experts import with_chosen_experts
 from veneer.train.preflight import read_rows
 from veneer.train.progress import Progress, Silent
 from veneer.train.record import check_output
@@ -66,6 +67,9 @@ def train_recipe(
             base.add_tokens(recipe.data.add_tokens)
             wanted = with_new_rows(base, config.trainable_token_indices, config.modules_to_save or ())
             config = replace(config, trainable_token_indices=wanted)
+        config, table = with_chosen_experts(config, base, rows, recipe, world)
+        if table is not None:
+            progress.message(f"the experts that training rows activate most:\n{table}")
         adapted = attach(base, config, seed=recipe.train.seed)
         session = Session(adapted, base, recipe, rows, held_out, world, progress)
         return session.run(resume=resume, overwrite=overwrite)
