@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from torch import nn
 
+from veneer.adapters import LoraConfig, attach
 from veneer.adapters.slots import base_modules
 from veneer.adapters.structure import carries_state, kind_of, language_tower, left_out, output_heads, recurrent_parts
 
@@ -73,6 +74,13 @@ def test_the_recurrent_parts_of_a_hybrid_are_found(name):
     module = tiny_models.HYBRID[name]()
     mixers = [path for path, part in module.named_modules() if hasattr(part, "A_log")]
     assert recurrent_parts(module) == mixers != []
+
+
+def test_an_adapter_does_not_hide_or_add_recurrent_parts():
+    module = tiny_models.HYBRID["bamba"]()
+    before = recurrent_parts(module)
+    attach(module, LoraConfig(r=4, modules_to_save=["conv1d"]))
+    assert recurrent_parts(module) == before
 
 
 @pytest.mark.parametrize("name", tiny_models.DENSE | tiny_models.MOE)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from veneer.adapters.slots import SLOTS
+from veneer.adapters.slots import SLOTS, base_modules
 from veneer.quant import QuantizedLinear
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -110,7 +110,8 @@ def is_read(owner: nn.Module, name: str) -> bool:
 
 def carries_state(module: nn.Module) -> bool:
     """Whether ``module`` itself hands a state from token to token: a recurrence, or a convolution along the tokens."""
-    along = [child for child in module._modules.values() if isinstance(child, nn.Conv1d)]
+    children = (child.base_layer if isinstance(child, SLOTS) else child for child in module._modules.values())
+    along = [child for child in children if isinstance(child, nn.Conv1d)]
     depthwise = any(conv.groups == conv.in_channels > 1 and conv.kernel_size != (1,) for conv in along)
     return isinstance(module, nn.RNNBase) or depthwise or any(name in module._parameters for name in _DECAY)
 
@@ -120,7 +121,7 @@ def recurrent_parts(root: nn.Module) -> list[str]:
 
     Rows that lie one after another are not apart for them: the end of one row would be the past of the next.
     """
-    return [path for path, module in root.named_modules() if carries_state(module)]
+    return [path for path, module in base_modules(root).items() if carries_state(module)]
 
 
 def output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
