@@ -40,7 +40,6 @@ from veneer.train.classification import (
 from veneer.train.distributed import World
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.hooks import step_hook
-from veneer.train.initialise import start_from_checkpoint, start_from_rows
 from veneer.train.interrupt import StopRequest
 from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
 from veneer.train.loop import Trainer, train_loop
@@ -59,6 +58,7 @@ from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics,
 from veneer.train.result import TrainResult
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
 from veneer.train.sft import sft
+from veneer.train.start import start_from_checkpoint, start_from_rows
 from veneer.train.state import Plan, TrainerState
 from veneer.train.step_hook import StepHook
 from veneer.train.track import open_trackers
