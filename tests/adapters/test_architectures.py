@@ -100,7 +100,9 @@ def test_the_table_says_what_was_left_out_and_how_to_have_it():
     assert "not adapted: lm_head (1 x [64, 32]): a head; name it in target_modules or in modules_to_save" in said
     said = str(attach(tiny_models.HYBRID["jamba"](), LoraConfig(r=4)).coverage)
     assert "not adapted: conv1d (2 x [64, 1, 4]): a convolution; modules_to_save: [conv1d]" in said
-    assert "not adapted: A_log (2 x [64, 4]): a parameter of the recurrence" in said
+    assert (
+        "not adapted: A_log (2 x [64, 4]): a parameter of the recurrence; modules_to_save: [mamba], all of it" in said
+    )
     said = str(attach(tiny_models.VISION["llava"](), LoraConfig(r=4)).coverage)
     assert re.search(r"not adapted: model\.vision_tower \(\d+ matrices\): outside of the language model", said)
 
@@ -156,3 +158,10 @@ def test_a_target_that_cannot_be_adapted_is_refused_by_its_reason_and_the_names_
     with pytest.raises(AdapterError, match=what) as caught:
         resolve(module, LoraConfig(target_modules=[target]))
     assert re.search(fix, str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["A_log", "D", "dt_bias", "0.mamba.A_log"])
+def test_a_parameter_cannot_be_saved_by_itself_and_its_module_is_named(name):
+    with pytest.raises(AdapterError, match="is a parameter of BambaMixer and no module") as caught:
+        resolve(tiny_models.HYBRID["bamba"](), LoraConfig(r=4, modules_to_save=[name]))
+    assert "save its whole module: mamba" in str(caught.value)

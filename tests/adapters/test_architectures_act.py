@@ -116,10 +116,11 @@ def test_layers_with_one_weight_share_their_factors_and_stay_one_when_they_are_m
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [("mixtral", "gate"), ("gpt-oss", "router"), ("bamba", "conv1d"), ("qwen3-moe", "gate")]
+    ("name", "whole"),
+    [("mixtral", "gate"), ("gpt-oss", "router"), ("bamba", "conv1d"), ("bamba", "mamba"), ("qwen3-moe", "gate")],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
-def test_a_router_or_a_convolution_is_trained_whole_and_peft_reads_it(name, whole, tmp_path):
+def test_a_router_a_convolution_or_a_state_space_is_trained_whole_and_peft_reads_it(name, whole, tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted(name, target_modules=["q_proj", "o_proj"], modules_to_save=[whole])
     out = model.module(input_ids=IDS).logits

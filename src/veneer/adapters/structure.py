@@ -187,7 +187,7 @@ def _bare_parts(path: str, module: nn.Module) -> Iterator[LeftOut]:
             if name == "weight":
                 yield _part(full, parameter, "a convolution", f"modules_to_save: [{last}]")
         elif carries_state(module):
-            yield _part(full, parameter, "a parameter of the recurrence", "")
+            yield _part(full, parameter, "a parameter of the recurrence", f"modules_to_save: [{last}], all of it")
         elif dimensions == 3:
             part = _part(full, parameter, "stacked experts", "experts: all")
             yield replace(part, family=f"{last}.{name}" if name != "weight" else ".".join(path.split(".")[-2:]))

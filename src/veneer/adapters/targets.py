@@ -309,14 +309,25 @@ def _resolve_saved(
             and next(module.parameters(), None) is not None
         ]
         if not matches:
-            names = sorted({path.rpartition(".")[2] for path in modules if path})
-            fix = did_you_mean(entry, [*names, *modules]) or "name a module of the base that has parameters"
-            where = "LoraConfig.modules_to_save"
-            miss(AdapterError(f"module to save '{entry}' matches nothing in the base", where=where, fix=fix))
+            miss(_nothing_to_save(entry, modules))
         found.extend(matches)
     # A module inside another one that is saved belongs to the outer copy.
     outer = [path for path in found if not inside(path.rpartition(".")[0], found)]
     return tuple(path for path in modules if path in outer)
+
+
+def _nothing_to_save(entry: str, modules: Mapping[str, nn.Module]) -> AdapterError:
+    owner = next((path for path, m in modules.items() if entry.rpartition(".")[2] in m._parameters and path), None)
+    if owner is not None:
+        return AdapterError(
+            f"'{entry}' is a parameter of {type(modules[owner]).__name__} and no module: PEFT's files have no place for it",
+            where="LoraConfig.modules_to_save",
+            fix=f"save its whole module: {owner.rpartition('.')[2]}",
+        )
+    names = sorted({path.rpartition(".")[2] for path in modules if path})
+    fix = did_you_mean(entry, [*names, *modules]) or "name a module of the base that has parameters"
+    what = f"module to save '{entry}' matches nothing in the base"
+    return AdapterError(what, where="LoraConfig.modules_to_save", fix=fix)
 
 
 def _resolve_tokens(
