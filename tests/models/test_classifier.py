@@ -46,6 +46,14 @@ def load(folder: Path, labels: list[str] | None = None, seed: int = 0) -> Base:
     return load_base(folder, dtype="float32", device="cpu", labels=labels or LABELS, head_seed=seed)
 
 
+def louder(base: Base) -> Base:
+    """The same with the output layer 200 times as large, so that whatever is wrong before it shows in the logits."""
+    for parameter in base.module.parameters():
+        if parameter.ndim == 2 and parameter.shape[0] == len(base.labels):
+            parameter.mul_(200.0)
+    return base
+
+
 def batch_of(base: Base, *texts: str | tuple[str, str]) -> LabelledBatch:
     rows = [{"text": text} if isinstance(text, str) else {"text": text[0], "pair": text[1]} for text in texts]
     pad_id = pad_id_of_classifier(base.module)
@@ -64,7 +72,7 @@ def test_the_body_comes_from_the_files_and_the_logits_are_transformers_own(
 ) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    base = load(folder(family))
+    base = louder(load(folder(family)))
     assert base.head == HEADS[family]
     assert labels_of(base.module) == base.labels == tuple(LABELS)
     saved, own = load_file(folder(family) / "model.safetensors"), base.module.state_dict()
@@ -87,7 +95,7 @@ def test_the_body_comes_from_the_files_and_the_logits_are_transformers_own(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_row_has_the_logits_that_it_has_alone(family: str, folder: Callable[[str], Path]) -> None:
-    base = load(folder(family))
+    base = louder(load(folder(family)))
     texts = ["x", "good morning", "the longest of these three texts"]
     alone = torch.cat([logits(base, text) for text in texts])
     torch.testing.assert_close(logits(base, *texts), alone, rtol=1e-5, atol=1e-5)
@@ -97,7 +105,7 @@ def test_a_padded_row_has_the_logits_that_it_has_alone(family: str, folder: Call
 def test_a_decoder_pools_the_last_token_of_the_text_also_where_padding_is_its_eos(
     folder: Callable[[str], Path],
 ) -> None:
-    base = load(folder("llama"))
+    base = louder(load(folder("llama")))
     assert base.tokenizer.pad_token_id is None
     assert pad_id_of_classifier(base.module) == base.tokenizer.eos_token_id == 0
     batch = batch_of(base, "one", "another text")
@@ -117,6 +125,13 @@ def test_the_fresh_head_is_the_same_bits_for_the_same_seed(folder: Callable[[str
     assert changed == {"bert.pooler.dense.weight", "classifier.weight"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_head_finds_all_classes_about_equally_likely(family: str, folder: Callable[[str], Path]) -> None:
+    chances = logits(load(folder(family)), "one", "and another text").softmax(-1)
+    assert (chances - 1 / 3).abs().max() < 0.02
+    assert (chances - 1 / 3).abs().max() > 0.0, "an output layer of zeros would leave the rest without a gradient"
+
+
 def test_a_head_in_the_files_is_kept_for_its_own_labels_alone(folder: Callable[[str], Path], tmp_path: Path) -> None:
     trained = load(folder("distilbert"), seed=7)
     trained.module.save_pretrained(tmp_path)
@@ -132,7 +147,7 @@ def test_a_head_in_the_files_is_kept_for_its_own_labels_alone(folder: Callable[[
 
 
 def test_segment_ids_reach_the_models_that_have_an_embedding_for_them(folder: Callable[[str], Path]) -> None:
-    base = load(folder("bert"))
+    base = louder(load(folder("bert")))
     batch = batch_of(base, ("first", "second"))
     assert batch.token_types[0].tolist() == [0] * 7 + [1] * 7
     with_types = class_logits(base.module, batch)

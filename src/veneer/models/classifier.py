@@ -19,6 +19,7 @@ from veneer.models.strict import first_line, quiet, raise_report
 
 POOLER = "pooler"  # transformers' name for the part of a body that language modelling leaves untrained
 TASK_TYPE = "SEQ_CLS"  # PEFT's name for the task
+OUTPUT_STD = 1e-3  # of the fresh last layer: not zero, or nothing before it would have a gradient in the first step
 
 
 class LabelledBatchLike(Protocol):
@@ -182,11 +183,14 @@ def _head(module: Any, report: Mapping[str, Any], folder: Path) -> tuple[str, ..
 
 @torch.no_grad()
 def _draw_output(module: Any, head: Sequence[str], classes: int) -> None:
-    """Draws the last layer anew: one read from the files would begin with the opinions of another task."""
-    std = getattr(module.config.get_text_config(), "initializer_range", None) or 0.02
+    """Draws the last layer anew, close to zero, so that all classes are about as likely and the loss begins at ln C.
+
+    With the usual 0.02 a decoder's large last states make logits of several units, which steps are spent to undo; and a
+    layer read from the files would begin with the opinions of another task.
+    """
     for path in head:
         for parameter in module.get_submodule(path).parameters():
             if parameter.shape[0] == classes and parameter.ndim == 2:
-                parameter.normal_(0.0, std)
+                parameter.normal_(0.0, OUTPUT_STD)
             elif parameter.shape[0] == classes:
                 parameter.zero_()
