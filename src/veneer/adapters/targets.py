@@ -319,8 +319,9 @@ def _resolve_saved(
 def _nothing_to_save(entry: str, modules: Mapping[str, nn.Module]) -> AdapterError:
     owner = next((path for path, m in modules.items() if entry.rpartition(".")[2] in m._parameters and path), None)
     if owner is not None:
+        kind = type(modules[owner]).__name__
         return AdapterError(
-            f"'{entry}' is a parameter of {type(modules[owner]).__name__} and no module: PEFT's files have no place for it",
+            f"'{entry}' is a parameter of {kind} and no module: PEFT's format has no place for it",
             where="LoraConfig.modules_to_save",
             fix=f"save its whole module: {owner.rpartition('.')[2]}",
         )
