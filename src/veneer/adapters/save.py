@@ -35,7 +35,7 @@ from veneer.files import atomic_folder, write_json
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
 TRAINING = "training_state.safetensors"  # of a variant that trains other tensors than those that its file holds
-_OURS = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md", *TOKENIZER_FILES}
+_OURS = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md", "inspect.png", *TOKENIZER_FILES}
 
 _log = logging.getLogger("veneer.adapters")
 
