@@ -171,5 +171,5 @@ def test_a_resumed_run_multiplies_by_the_a_of_the_checkpoint(
 
 
 def test_an_embedding_is_refused(tiny_base: Path) -> None:
-    with pytest.raises(AdapterError, match="that of an embedding starts at zero: nothing would be trained"):
+    with pytest.raises(AdapterError, match="an embedding's starts at zero: nothing would be trained"):
         attach(tiny_llama(tiny_base), LoraConfig(use_lora_fa=True, target_modules=["q_proj", "embed_tokens"]))

@@ -80,21 +80,14 @@ def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) 
                 where=target.path,
                 fix=f"give r: {smaller} or less, or rank_pattern for this module",
             )
-        if target.kind == "embedding" and config.use_dora:
-            raise AdapterError(
-                "DoRA scales the rows of a weight, and an embedding's rows are its tokens",
-                where=target.path,
-                fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
-            )
-        if target.kind == "embedding" and (config.adalora_config is not None or config.use_lora_fa):
-            adalora = config.adalora_config is not None
-            raise AdapterError(
-                "AdaLoRA has no form for embeddings"
-                if adalora
-                else "LoRA-FA freezes A, and that of an embedding starts at zero: nothing would be trained",
-                where=target.path,
-                fix="remove the embedding from target_modules, or train its rows with trainable_token_indices",
-            )
+        for is_on, why in (
+            (config.use_dora, "DoRA scales the rows of a weight, and an embedding's rows are its tokens"),
+            (config.adalora_config is not None, "AdaLoRA has no form for embeddings"),
+            (config.use_lora_fa, "LoRA-FA freezes A, and an embedding's starts at zero: nothing would be trained"),
+        ):
+            if is_on and target.kind == "embedding":
+                fix = "remove the embedding from target_modules, or train its rows with trainable_token_indices"
+                raise AdapterError(why, where=target.path, fix=fix)
     if config.init_lora_weights == "loftq":
         _check_loftq(config, [modules[target.path] for target in plan.lora])
 
