@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.processes import in_process
 from benchmarks.quantisation_page import _table as markdown_table
-from benchmarks.variants import Task, last_line, prepare_task, say
+from benchmarks.variants import Task, prepare_task, reason, say
 from benchmarks.variants_methods import settings_hash
 from benchmarks.variants_results import Record, Results, key_of
 
@@ -91,7 +91,7 @@ def measure(
     try:
         figures = in_process(module, name, job)
     except SystemExit as failure:
-        figures = {"error": last_line(failure)}
+        figures = {"error": reason(failure)}
         say(f"  failed: {figures['error']}")
     results.add({**record, **figures})
 

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ class Bench:
         try:
             figures = in_process(MODULE, "base" if record["method"] == "base" else "run", self.job_of(task, record))
         except SystemExit as failure:
-            figures = {"error": last_line(failure)}
+            figures = {"error": reason(failure)}
             say(f"  failed: {figures['error']}")
         self.results.add({**record, **figures, "machine": machine, "wall_seconds": time.perf_counter() - began})
 
@@ -184,7 +185,7 @@ def compare_costs(bench: Bench, task: Task, methods: list[Method], rounds: int, 
             try:
                 figures = compare(jobs[0], jobs[1], rounds)
             except SystemExit as failure:
-                figures = {"error": last_line(failure)}
+                figures = {"error": reason(failure)}
                 say(f"  failed: {figures['error']}")
         bench.results.add({**record, "task": COST, "reference": method.reference, **figures})
 
@@ -217,10 +218,11 @@ def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:
     }
 
 
-def last_line(failure: SystemExit) -> str:
-    """What went wrong, out of a traceback."""
+def reason(failure: SystemExit) -> str:
+    """What went wrong, out of a traceback: the last error with the lines after it."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[-1] if lines else "it ended without a word"
+    errors = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return " / ".join(lines[errors[-1] if errors else -1 :])
 
 
 def say(text: str) -> None:

@@ -161,7 +161,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[tuple[int, 
     def in_process(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
         made.append((job["seed"], job["learning_rate"]))
         if failing and job.get("adapter", {}).get(failing):
-            raise SystemExit("dora failed:\nTraceback ...\nVeneerError: no such thing\n")
+            raise SystemExit(
+                "run failed:\nTraceback ...\n  File x\nveneer.errors.AdapterError: no such thing\n  fix: another\n"
+            )
         figures = record(change=1000 * job["learning_rate"])
         return {key: figures[key] for key in ("losses", "nll", "correct", "tokens", "drift")}
 
@@ -208,7 +210,9 @@ def test_a_method_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, mo
     for wanted in bench.todo(task, chosen(["dora", "pissa"])):
         bench.measure(task, wanted, {})
     assert {r["method"] for r in bench.results} == {"base", "lora", "pissa"}
-    assert {(r["method"], r["error"]) for r in bench.results.failures()} == {("dora", "VeneerError: no such thing")}
+    assert {(r["method"], r["error"]) for r in bench.results.failures()} == {
+        ("dora", "veneer.errors.AdapterError: no such thing / fix: another")
+    }
 
 
 def test_another_setting_is_another_run(tmp_path: Path) -> None:
