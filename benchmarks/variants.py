@@ -34,7 +34,7 @@ from benchmarks.variants_methods import METHODS, QUICK, Method, chosen, settings
 from benchmarks.variants_results import Record, Results
 
 MODULE = "benchmarks.variants_run"
-RATES = (2e-4, 4.5e-4, 1e-3, 2.2e-3)
+RATES = (1e-4, 2.7e-4, 7.5e-4, 2e-3)
 PROBE_STEPS = 4
 QUICK_SETTINGS: dict[str, Any] = {
     "seeds": 1,
@@ -42,7 +42,7 @@ QUICK_SETTINGS: dict[str, Any] = {
     "rows": 96,
     "held_out": 32,
     "answers": 8,
-    "rates": "1e-3",
+    "rates": "5e-4",
     "methods": ",".join(QUICK),
 }
 

@@ -516,7 +516,7 @@ def test_rows_of_a_file_are_not_answered(tmp_path: Path) -> None:
 
 def test_quick_is_what_it_says_and_can_be_changed() -> None:
     quick = parse(["--quick"])
-    assert (quick.seeds, quick.rates, quick.data) == (1, [1e-3], None)
+    assert (quick.seeds, quick.rates, quick.data) == (1, [5e-4], None)
     assert quick.methods == ["lora", "rslora", "dora", "pissa", "lora+", "loftq"]
     assert parse(["--quick", "--methods", "dora", "--steps", "5"]).methods == ["dora"]
 
