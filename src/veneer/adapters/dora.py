@@ -52,11 +52,10 @@ def row_norm(adapter: LoraAdapter, layer: LoraLinear) -> Tensor:
 
 def _row_norm(adapter: LoraAdapter, layer: LoraLinear) -> Tensor:
     A, B = adapter.factors()
-    s, weight = adapter.scaling, layer.weight
-    # The products that act are those of the rounded factors.
-    A, B = (t.to(weight.dtype).to(t.dtype) for t in (A, B))
-    images = layer.project(A.to(weight.dtype)).to(A.dtype)  # [r, out]: W A^T, transposed
-    square = layer.square_norm() + 2 * s * (images.t() * B).sum(1) + s * s * ((B @ (A @ A.t())) * B).sum(1)
+    s = adapter.scaling
+    images = layer.images(A.to(layer.weight.dtype)).to(A.dtype)  # [out, r]: W A^T
+    inner = torch.addmm(images, B, A @ A.t(), beta=2 * s, alpha=s * s)
+    square = layer.square_norm() + inner.mul_(B).sum(1)
     # Rounding may leave a row of zeros a little below zero; a norm of zero would make its scale NaN.
     return square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
 

@@ -209,12 +209,12 @@ class LoraLinear(nn.Module):
         plain = plain.t() if self.transposed and isinstance(self.weight, Tensor) else plain
         return plain.to(master_dtype(plain))
 
-    def project(self, rows: Tensor) -> Tensor:
-        """``rows [n, in]`` in the weight's dtype to ``rows W^T [n, out]``, without bias; outside of autograd."""
+    def images(self, rows: Tensor) -> Tensor:
+        """``rows [n, in]`` in the weight's dtype to ``W rows^T [out, n]``, without bias; outside of autograd."""
         weight = self.weight
-        if self.transposed and isinstance(weight, Tensor):
-            return rows @ weight
-        return matmul_weight(rows, weight)
+        if isinstance(weight, Tensor):  # for few rows this is the faster way round
+            return (weight.t() if self.transposed else weight) @ rows.t()
+        return matmul_weight(rows, weight).t()
 
     def square_norm(self) -> Tensor:
         """``[out]`` float32: the squares of the norms of the weight's rows; kept, since the weight is frozen."""
