@@ -80,6 +80,15 @@ def test_a_run_says_how_it_starts_and_its_folder_answers_as_it_did(
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_step_0_is_the_base_also_where_the_adapter_acts_from_the_start(small_run: Callable[..., Any]) -> None:
+    results = [
+        small_run(name, train=TRAIN, quantize="nf4", adapter=adapter)[0]
+        for name, adapter in (("loftq", {"r": 4, "init_lora_weights": "loftq"}), ("plain", {"r": 4}))
+    ]
+    assert results[0].metrics["base_eval_loss"] == results[1].metrics["base_eval_loss"]
+    assert results[0].metrics["eval_loss"] != results[1].metrics["eval_loss"]
+
+
 @pytest.mark.parametrize("method", ["eva", "lora_ga"])
 def test_two_processes_start_alike(
     method: str,

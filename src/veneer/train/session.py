@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -370,9 +370,10 @@ class Session:
         if self.classes is not None:
             return self._evaluate_classes(self.held_out, step)
         objective = OBJECTIVES[self.recipe.objective]
-        values = held_out_loss(
-            self.adapted, objective, self.held_out.dataset, self.layout, self.world, self.base.device
-        )
+        dataset, device = self.held_out.dataset, self.base.device
+        # Step 0 is the base; LoftQ's adapter acts from the start.
+        with self.adapted.disabled() if step == 0 else nullcontext():
+            values = held_out_loss(self.adapted, objective, dataset, self.layout, self.world, device)
         if step == 0:  # the base: its answers are measured after training, beside the adapter's
             return values
         own: dict[str, float] = {}
