@@ -44,18 +44,19 @@ class Dora(Variant):
 @torch.no_grad()
 def row_norm(adapter: LoraAdapter, layer: LoraLinear) -> Tensor:
     """``[out]`` float32: the norms of the rows of ``W + s B A``; the last one again while no factor has changed."""
-    key = (*((t.data_ptr(), t._version) for t in (adapter.A, adapter.B)), adapter.scaling, layer.weight.device)
+    weight, square = layer.square_norm()
+    key = (*((t.data_ptr(), t._version) for t in (adapter.A, adapter.B)), adapter.scaling, weight)
     if adapter.norm is None or adapter.norm[0] != key:
-        adapter.norm = key, _row_norm(adapter, layer)
+        adapter.norm = key, _row_norm(adapter, layer, square)
     return adapter.norm[1]
 
 
-def _row_norm(adapter: LoraAdapter, layer: LoraLinear) -> Tensor:
+def _row_norm(adapter: LoraAdapter, layer: LoraLinear, square: Tensor) -> Tensor:
     A, B = adapter.factors()
     s = adapter.scaling
     images = layer.images(A.to(layer.weight.dtype)).to(A.dtype)  # [out, r]: W A^T
     inner = torch.addmm(images, B, A @ A.t(), beta=2 * s, alpha=s * s)
-    square = layer.square_norm() + inner.mul_(B).sum(1)
+    square = square + inner.mul_(B).sum(1)
     # Rounding may leave a row of zeros a little below zero; a norm of zero would make its scale NaN.
     return square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
 

@@ -156,7 +156,7 @@ class LoraLinear(nn.Module):
         self.active: tuple[str, ...] = ()
         self.followed: set[str] = set()  # adapters that belong to another layer with the same weight
         self.transposed = transposed
-        self._square_norm: Tensor | None = None
+        self._square_norm: tuple[object, Tensor] | None = None
         rows, columns = self.weight.shape
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
 
@@ -216,10 +216,13 @@ class LoraLinear(nn.Module):
             return (weight.t() if self.transposed else weight) @ rows.t()
         return matmul_weight(rows, weight).t()
 
-    def square_norm(self) -> Tensor:
-        """``[out]`` float32: the squares of the norms of the weight's rows; kept, since the weight is frozen."""
-        if self._square_norm is None or self._square_norm.device != self.weight.device:
-            self._square_norm = square_norms(self.weight, self.transposed)
+    def square_norm(self) -> tuple[object, Tensor]:
+        """What names the weight that acts, and ``[out]`` float32: the squares of the norms of its rows, kept for it."""
+        weight = self.weight
+        held = weight if isinstance(weight, Tensor) else weight.codes  # type: ignore[attr-defined]  # a QuantizedTensor
+        key = held.data_ptr(), held._version, held.device
+        if self._square_norm is None or self._square_norm[0] != key:
+            self._square_norm = key, square_norms(weight, self.transposed)
         return self._square_norm
 
     def active_factors(self) -> list[LoraFactors]:
