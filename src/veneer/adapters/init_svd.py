@@ -12,10 +12,14 @@ with ten columns more than are wanted, then the SVD of ``M`` in that basis.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 OVERSAMPLING = 10
+_SMALL = 1024
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -23,9 +27,10 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 def exact_triplets(matrix: Tensor, r: int) -> Triplets:
     """``(U, S, V)`` of ``matrix [m, n]`` in float64; ``r <= min(m, n)``; V's largest entries are above 0."""
     M = matrix.double()
-    if M.shape[0] < M.shape[1]:
-        return _signed(*_flip(_in_span(M.t(), _eigenvectors(M @ M.t(), r))))
-    return _signed(*_in_span(M, _eigenvectors(M.t() @ M, r)))
+    with _threads_for(min(M.shape)):
+        if M.shape[0] < M.shape[1]:
+            return _signed(*_flip(_in_span(M.t(), _eigenvectors(M @ M.t(), r))))
+        return _signed(*_in_span(M, _eigenvectors(M.t() @ M, r)))
 
 
 def random_triplets(matrix: Tensor, r: int, rounds: int, generator: torch.Generator) -> Triplets:
@@ -42,6 +47,18 @@ def random_triplets(matrix: Tensor, r: int, rounds: int, generator: torch.Genera
         basis = _orthonormal(M @ _orthonormal(M.t() @ basis))
     U, S, V = _flip(_in_span(M.t(), basis))
     return _signed(U[:, :r], S[:r], V[:, :r])
+
+
+@contextlib.contextmanager
+def _threads_for(size: int) -> Iterator[None]:
+    """One thread for eigenvectors of a small matrix: several spend their time on waiting for each other."""
+    before = torch.get_num_threads()
+    if size <= _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _eigenvectors(gram: Tensor, r: int) -> Tensor:
