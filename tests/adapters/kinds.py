@@ -78,9 +78,10 @@ KINDS = {
 }
 
 
-def cases(choose: Callable[[Kind], bool] = lambda kind: True) -> Any:
-    """A parametrisation over the kinds that ``choose`` takes, over everything that they can be stored in."""
-    chosen = [(name, stored) for name, kind in KINDS.items() if choose(kind) for stored in kind.stored]
+def cases(choose: Callable[[Kind], bool] = lambda kind: True, *, only: str | None = None) -> Any:
+    """A parametrisation over the kinds that ``choose`` takes, over everything that they can be stored in (``only``)."""
+    pairs = [(name, stored) for name, kind in KINDS.items() if choose(kind) for stored in kind.stored]
+    chosen = [(name, stored) for name, stored in pairs if only in (None, stored)]
     return pytest.mark.parametrize(("name", "stored"), chosen, ids=["-".join(case) for case in chosen])
 
 
@@ -120,7 +121,7 @@ def decoded(module: nn.Module) -> nn.Module:
 
 
 def adapt(name: str, stored: str = PLAIN, *, module: nn.Module | None = None, seed: int = 0) -> AdaptedModel:
-    """A fresh adapter of the kind ``name``, started from data where it waits for some; on its base, or on ``module``."""
+    """A fresh adapter of the kind ``name``, which has seen data where it starts from some; on ``module``, if given."""
 
     def originals(paths: Collection[str], visit: Callable[[str, Tensor], None]) -> None:
         plain = base(name)

@@ -16,7 +16,6 @@ import torch
 from kinds import (
     KINDS,
     NF4,
-    PLAIN,
     adapt,
     base,
     cases,
@@ -37,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from veneer.adapters import LoraConfig, attach, load_adapter, merge
+from veneer.adapters import attach, load_adapter, merge
 from veneer.adapters.config import PLAIN_INITS
 from veneer.adapters.dora import row_norm
 from veneer.models.fused import fuse
