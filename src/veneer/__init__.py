@@ -21,6 +21,9 @@ _WHERE = {
     "save_base": "veneer.models",
     "generate": "veneer.generate",
     "evaluate": "veneer.evaluate",
+    "evaluate_classes": "veneer.evaluate",
+    "predict": "veneer.evaluate",
+    "load_classifier": "veneer.run",
     "train": "veneer.train",
     "initialise": "veneer.train",
     "inspect_adapter": "veneer.ship",
@@ -37,10 +40,13 @@ __all__ = [
     "add_tokens",
     "attach",
     "evaluate",
+    "evaluate_classes",
     "generate",
     "initialise",
     "inspect_adapter",
     "load_base",
+    "load_classifier",
+    "predict",
     "resize_adapter",
     "save_base",
     "train",
@@ -49,9 +55,10 @@ __all__ = [
 if TYPE_CHECKING:
     from veneer.adapters import AdaptedModel, LoraConfig, attach
     from veneer.errors import VeneerError
-    from veneer.evaluate import evaluate
+    from veneer.evaluate import evaluate, evaluate_classes, predict
     from veneer.generate.generate import generate
     from veneer.models import Base, add_tokens, load_base, save_base
+    from veneer.run import load_classifier
     from veneer.ship import inspect_adapter, resize_adapter
     from veneer.train import initialise, train
 

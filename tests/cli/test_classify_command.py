@@ -59,3 +59,10 @@ def test_a_classifier_is_trained_measured_and_asked(
     assert [answer["label"] for answer in json.loads(several.stdout)["answers"]] == ["cold", "warm"]
     assert "a classifier writes no text" in veneer("generate", "run", "hello", "--system", "be kind").stderr
     assert "it names classes and writes no text" in veneer("chat", "run").stderr
+
+    assert "veneer generate run" in trained.stdout  # what to do next: a classifier does not chat
+    shown = veneer("data", "show", "recipe.yaml", "-n", "1")
+    assert shown.stdout == "rows.jsonl:1\n  text: sun fire 0\n  label: warm\n"
+    checked = veneer("data", "check", "recipe.yaml")
+    assert checked.returncode == 0
+    assert "2 classes: cold, warm" in checked.stdout

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.cli.options import Json
 from veneer.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from veneer.data import Rows
+    from veneer.data.classes import Classes
 
 What = Annotated[str, typer.Argument(metavar="RECIPE|RUN|FILE", help="A recipe, a run folder, or a data file.")]
 Base = Annotated[str | None, typer.Option(help="The base whose tokenizer and template are used.")]
@@ -36,7 +41,9 @@ def check(
             what, base=base, max_length=max_length, eval_data=eval_data, format=format, train_on=train_on
         )
         rows, held_out = rows_of(source.data)
-        tokenizer = _tokenizer(source.base, source.revision) if source.base else None
+        # Labelled rows are no conversations to render: their classes are counted instead.
+        is_labelled = source.data.format == "labelled"
+        tokenizer = _tokenizer(source.base, source.revision) if source.base and not is_labelled else None
         report = check_rows(
             rows,
             tokenizer,
@@ -45,10 +52,13 @@ def check(
             train_on=source.data.train_on,
             chat_template=source.data.chat_template,
         )
+        classes = _classes(rows, held_out, source.data.labels) if is_labelled else None
     if json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **({"classes": dataclasses.asdict(classes)} if classes else {})})
     else:
         print(report)
+        if classes is not None:
+            print("\n".join([str(classes), *(f"warning: {text}" for text in classes.warnings)]))
     if report.exit_status:
         raise typer.Exit(EXIT_FAILED)
 
@@ -71,8 +81,11 @@ def show(
         from veneer.data.show import show as show_rows
 
         source = open_source(what, base=base, max_length=max_length, eval_data=None, format=format, train_on=train_on)
-        name = needed_base(source)
         rows, _ = rows_of(source.data)
+        if source.data.format == "labelled":
+            print_labelled(rows, count, json)
+            return
+        name = needed_base(source)
         tokenizer = _tokenizer(name, source.revision)
         dataset = render(
             rows.subset(range(min(count, len(rows))), rows.description),
@@ -89,6 +102,27 @@ def show(
     console().print(show_rows(dataset, tokenizer, count))
     for warning in dataset.stats.warnings:
         say(f"warning: {warning}")
+
+
+def print_labelled(rows: Rows, count: int, json: bool) -> None:
+    """Texts and their classes: what a classifier reads, and what it is trained on."""
+    from veneer.cli.output import print_json, say
+    from veneer.data.labelled import labelled
+
+    shown = labelled(rows)[:count]
+    if json:
+        print_json([{"row_id": row.row_id, "text": row.text, "pair": row.pair, "label": row.label} for row in shown])
+        return
+    say(rows.description)
+    for row in shown:
+        pair = "" if row.pair is None else f"\n  and: {row.pair}"
+        print(f"{row.row_id}\n  text: {row.text}{pair}\n  label: {row.label}")
+
+
+def _classes(rows: Rows, held_out: Rows | None, names: list[str] | None) -> Classes:
+    from veneer.data.classes import find_classes
+
+    return find_classes(rows, held_out, names)
 
 
 def _tokenizer(base: str, revision: str | None) -> Any:

@@ -94,4 +94,7 @@ def _print_result(result: TrainResult, loaded: Recipe, recipe: Path, overrides: 
     width = max(len(name) for name in lines) + 1
     for name, text in lines.items():
         print(f"{name + ':':<{width}} {text}")
-    print(f"next: veneer chat {shlex.quote(run)}, or: veneer data show {shlex.quote(run)}")
+    if loaded.is_classification:
+        print(f"next: veneer generate {shlex.quote(run)} 'a text', or: veneer eval {shlex.quote(run)}")
+    else:
+        print(f"next: veneer chat {shlex.quote(run)}, or: veneer data show {shlex.quote(run)}")

@@ -15,6 +15,8 @@ _WHERE = {
     "resolve_metric": "veneer.evaluate.metrics",
     "score": "veneer.evaluate.metrics",
     "evaluate": "veneer.evaluate.measure",
+    "evaluate_classes": "veneer.evaluate.classify",
+    "predict": "veneer.evaluate.classify",
     "write_report": "veneer.evaluate.report",
 }
 
@@ -25,12 +27,15 @@ __all__ = [
     "MetricResult",
     "RowResult",
     "evaluate",
+    "evaluate_classes",
+    "predict",
     "resolve_metric",
     "score",
     "write_report",
 ]
 
 if TYPE_CHECKING:
+    from veneer.evaluate.classify import evaluate_classes, predict
     from veneer.evaluate.evaluation import Evaluation, MetricResult, RowResult
     from veneer.evaluate.measure import evaluate
     from veneer.evaluate.metrics import METRICS, Metric, resolve_metric, score
