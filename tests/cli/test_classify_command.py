@@ -61,8 +61,10 @@ def test_a_classifier_is_trained_measured_and_asked(
     assert "it names classes and writes no text" in veneer("chat", "run").stderr
 
     assert "veneer generate run" in trained.stdout  # what to do next: a classifier does not chat
-    shown = veneer("data", "show", "recipe.yaml", "-n", "1")
-    assert shown.stdout == "rows.jsonl:1\n  text: sun fire 0\n  label: warm\n"
+    shown = json.loads(veneer("data", "show", "recipe.yaml", "-n", "1", "--json").stdout)
+    assert shown[0]["label"] in words
+    assert shown[0]["text"].startswith(words[shown[0]["label"]])
+    assert "  label: " in veneer("data", "show", "recipe.yaml", "-n", "1").stdout
     checked = veneer("data", "check", "recipe.yaml")
     assert checked.returncode == 0
     assert "2 classes: cold, warm" in checked.stdout
