@@ -107,7 +107,9 @@ def in_codes(module: nn.Module) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
-                setattr(parent, name, QuantizedLinear.from_linear(child, QuantConfig("nf4"), name))
+                setattr(
+                    parent, name, QuantizedLinear.from_linear(child, QuantConfig("nf4"), name).train(child.training)
+                )
     return module
 
 

@@ -31,13 +31,12 @@ def codes_like(base: QuantizedLinear, codes: QuantizedTensor) -> QuantizedLinear
 
 
 class OwnCodes(Residual):
-    """The codes that :mod:`veneer.adapters.init_loftq` found; those of the base until then."""
+    """The codes that :mod:`veneer.adapters.init_loftq` found; those of the base until then. None over plain weights."""
 
     def start(self, adapter: LoraAdapter, layer: LoraLinear) -> None:
         super().start(adapter, layer)
-        if adapter.own is None:
-            base = layer.base_layer
-            assert isinstance(base, QuantizedLinear)  # check_fit has seen to it
+        base = layer.base_layer
+        if adapter.own is None and isinstance(base, QuantizedLinear):
             adapter.own = codes_like(base, base.weight)
 
     def factors(self, adapter: LoraAdapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +46,5 @@ class OwnCodes(Residual):
         return super().factors(adapter, A, B)
 
     def tensors(self, adapter: LoraAdapter) -> dict[str, Tensor]:
-        assert adapter.own is not None
-        held = {f"{KEY}.{name}": tensor for name, tensor in adapter.own.named_buffers()}
-        return super().tensors(adapter) | held
+        own = () if adapter.own is None else adapter.own.named_buffers()
+        return super().tensors(adapter) | {f"{KEY}.{name}": tensor for name, tensor in own}
