@@ -81,20 +81,21 @@ def show(
         from veneer.data.show import show as show_rows
 
         source = open_source(what, base=base, max_length=max_length, eval_data=None, format=format, train_on=train_on)
+        name = None if source.data.format == "labelled" else needed_base(source)
         rows, _ = rows_of(source.data)
-        if source.data.format == "labelled":
-            print_labelled(rows, count, json)
-            return
-        name = needed_base(source)
-        tokenizer = _tokenizer(name, source.revision)
-        dataset = render(
-            rows.subset(range(min(count, len(rows))), rows.description),
-            tokenizer,
-            max_length=source.max_length,
-            train_on=source.data.train_on,
-            overlong=source.data.overlong,
-            chat_template=source.data.chat_template,
-        )
+        if name is not None:
+            tokenizer = _tokenizer(name, source.revision)
+            dataset = render(
+                rows.subset(range(min(count, len(rows))), rows.description),
+                tokenizer,
+                max_length=source.max_length,
+                train_on=source.data.train_on,
+                overlong=source.data.overlong,
+                chat_template=source.data.chat_template,
+            )
+    if name is None:
+        _print_labelled(rows, count, json)
+        return
     if json:
         print_json([_row(example, tokenizer) for example in dataset])
         return
@@ -104,7 +105,7 @@ def show(
         say(f"warning: {warning}")
 
 
-def print_labelled(rows: Rows, count: int, json: bool) -> None:
+def _print_labelled(rows: Rows, count: int, json: bool) -> None:
     """Texts and their classes: what a classifier reads, and what it is trained on."""
     from veneer.cli.output import print_json, say
     from veneer.data.labelled import labelled
