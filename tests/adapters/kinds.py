@@ -78,11 +78,22 @@ KINDS = {
 }
 
 
+# Over plain weights they differ from their like; over codes that is asked by make test-all alone.
+SLOW_OVER_CODES = {"rslora", "patterns", "orthogonal", "dora with rslora and patterns", "pissa_niter", "olora"}
+SLOW_OVER_CODES |= {"pissa with dora", "eva", "embedding", "head"}
+
+
 def cases(choose: Callable[[Kind], bool] = lambda kind: True, *, only: str | None = None) -> Any:
     """A parametrisation over the kinds that ``choose`` takes, over everything that they can be stored in (``only``)."""
     pairs = [(name, stored) for name, kind in KINDS.items() if choose(kind) for stored in kind.stored]
-    chosen = [(name, stored) for name, stored in pairs if only in (None, stored)]
-    return pytest.mark.parametrize(("name", "stored"), chosen, ids=["-".join(case) for case in chosen])
+    chosen = [
+        pytest.param(
+            *pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair[1] == NF4 and pair[0] in SLOW_OVER_CODES)
+        )
+        for pair in pairs
+        if only in (None, pair[1])
+    ]
+    return pytest.mark.parametrize(("name", "stored"), chosen)
 
 
 def has_linears(kind: Kind) -> bool:

@@ -23,7 +23,7 @@ from veneer.train.base import load_base_of
 from veneer.train.classification import for_classifier, load_classifier_of
 from veneer.train.distributed import World, join_world, leave_world, local_device
 from veneer.train.experts import with_chosen_experts
-from veneer.train.preflight import read_rows
+from veneer.train.preflight import check_settings, read_rows
 from veneer.train.progress import Progress, Silent
 from veneer.train.record import check_output
 from veneer.train.result import TrainResult
@@ -56,6 +56,7 @@ def train_recipe(
         recipe = load_recipe(recipe)
     settings = {key: value for key, value in recipe.adapter.model_dump().items() if value is not None}
     config = LoraConfig(**settings)  # before anything that takes long
+    check_settings(config, recipe)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message)
         if recipe.is_classification:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from veneer.adapters import AdaptedModel
+from veneer.adapters import AdaptedModel, LoraConfig
+from veneer.adapters.settings import AdaLoraConfig
 from veneer.adapters.structure import recurrent_parts
 from veneer.adapters.targets import inside
 from veneer.data.cache import prepare
@@ -22,11 +23,12 @@ from veneer.data.dataset import TokenDataset
 from veneer.data.pack import collate_packed
 from veneer.data.read import read
 from veneer.data.split import split
-from veneer.errors import DataError, TrainError, VeneerError
+from veneer.errors import AdapterError, DataError, TrainError, VeneerError
 from veneer.models import Base
 from veneer.models.head import hidden_states
 from veneer.recipe import LOSS, DataRecipe, Recipe
 from veneer.train.distributed import World
+from veneer.train.rank_budget import schedule_of
 from veneer.train.sampler import steps_per_epoch
 from veneer.train.schedule import warmup_steps
 from veneer.train.state import Plan
@@ -35,6 +37,22 @@ from veneer.train.state import Plan
 # below, attention across a document's border far above.
 PACKING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SELF_TEST_TOKENS = 64
+
+
+def check_settings(config: LoraConfig, recipe: Recipe) -> None:
+    """Raises what the settings alone say against a run, before anything is loaded.
+
+    Raises:
+        AdapterError: LoftQ over a base that the run does not quantise. TrainError: too few steps for AdaLoRA.
+    """
+    if config.init_lora_weights == "loftq" and recipe.quantize.scheme == "none":
+        raise AdapterError(
+            "LoftQ starts from what the codes of a quantised weight lose, and the base is not to be quantised",
+            where="adapter.init_lora_weights",
+            fix="set quantize: nf4, or start with init_lora_weights: pissa",
+        )
+    if isinstance(config.adalora_config, AdaLoraConfig) and recipe.train.max_steps is not None:
+        schedule_of(config.adalora_config, [config.r], recipe.train.max_steps)
 
 
 def read_rows(
