@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kinds import (
+    IDS,
     KINDS,
     NF4,
     adapt,
@@ -39,7 +40,9 @@ from torch import Tensor, nn
 from veneer.adapters import attach, load_adapter, merge
 from veneer.adapters.config import PLAIN_INITS
 from veneer.adapters.dora import row_norm
-from veneer.models.fused import fuse
+from veneer.data.pack import Batch
+from veneer.models import fused, fused_attention
+from veneer.models.head import answer_loss, hidden_states
 
 # PEFT and transformers talk about names and tied weights on their own account.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
@@ -252,6 +255,9 @@ def test_07_residual_and_start_add_up_to_the_weight(name: str, stored: str, tmp_
     train(adapted)
     plain = load_adapter(base(name, stored), adapted.save(tmp_path / "a"))
     assert not any(hasattr(adapter, "A0") for adapter in plain.linears().values())
+    for layer, loaded in zip(linears(adapted), linears(plain)):
+        delta = loaded.adapters["default"].delta()  # type: ignore[operator]  # untyped attributes
+        torch.testing.assert_close(delta, (dense(layer)[0] - layer.rows()).detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(plain.module), logits(adapted.module), rtol=0, atol=1e-6)
 
 
@@ -375,8 +381,6 @@ def test_09_checkpointing_and_accumulation_change_no_gradient(name: str, stored:
     module.gradient_checkpointing_disable()
     for parameter in adapted.parameters():
         parameter.grad = None
-    from kinds import IDS
-
     half = []
     for row in (0, 1):
         out = module(IDS[row : row + 1]).logits
@@ -390,19 +394,36 @@ def test_09_checkpointing_and_accumulation_change_no_gradient(name: str, stored:
 
 
 @cases(lambda kind: kind.model.startswith("llama") and "classes" not in kind.model)
-def test_09_fused_blocks_give_the_logits_and_gradients_of_the_models_own_code(name: str, stored: str) -> None:
+def test_09_fused_blocks_give_the_loss_and_gradients_of_the_models_own_code(
+    name: str, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: set[str] = set()
+    for home, operation in ((fused, "gated_mlp"), (fused_attention, "qkv_rope")):
+        own = getattr(home, operation)
+        monkeypatch.setattr(home, operation, lambda *a, own=own, name=operation: (called.add(name), own(*a))[1])
+    ids = IDS[:1]
+    targets = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
+    packed = Batch(ids, torch.arange(12)[None], targets, [12], None, ["row"], 12, 11)
     found = []
-    for fused in (False, True):
+    for is_fused in (False, True):
         module = base(name, stored)
-        if fused:
-            assert sum(fuse(module).swapped.values()) >= 2
+        if is_fused:
+            fused.fuse(module)
         adapted = stirred(name, stored, module=module)
-        found.append((logits(module), gradients(adapted)))
-    (plain, expected), (got, own) = found
+        if is_fused:
+            loss = answer_loss(module, hidden_states(module, packed), targets).loss_sum
+        else:
+            loss = 11 * loss_of(module, ids)
+        loss.backward()
+        found.append((loss.detach(), {key: p.grad for key, p in adapted.named_parameters()}))
+        if not is_fused:
+            assert not called
+    (plain, expected), (got, theirs) = found
     torch.testing.assert_close(got, plain, **NEAR)
-    assert own.keys() == expected.keys()
-    for key in own:
-        torch.testing.assert_close(own[key], expected[key], rtol=1e-3, atol=2e-6, msg=key)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(theirs[key], gradient, rtol=1e-3, atol=5e-5, msg=key)
+        assert gradient is None or gradient.abs().max() > 5e-3
+    assert called == {"gated_mlp", "qkv_rope"}
 
 
 # 10. All that is trained gets a gradient, and nothing else moves
@@ -421,7 +442,8 @@ def test_10_everything_trained_gets_a_gradient_within_two_steps_and_nothing_else
     for key in start.keys() - set(trained):
         assert torch.equal(adapted.state()[key], start[key]), f"{key} is kept, not trained"
     assert (adapted.configs["default"].use_lora_fa) == (not any("lora_A" in key for key in trained))
-    own = frozen(adapted)
+    own, parameters = frozen(adapted), set(adapted.parameters())
     assert all(torch.equal(own[key], weights[key]) for key in weights)
+    assert all(p in parameters or (p.grad is None and not p.requires_grad) for p in adapted.module.parameters())
     with torch.no_grad():
         assert loss_of(adapted.module.eval()) < loss_of(base(name, stored))
