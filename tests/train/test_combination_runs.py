@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,21 @@ def test_without_the_refused_setting_the_loop_is_reached(
             patch.setattr(f"{target}.{place[1]}", reached)
             with pytest.raises(KeyError, match="reached"):
                 train_recipe(recipe_from(values()))
+
+
+def test_loftq_of_several_rounds_trains_beside_layers_that_keep_16_bits_and_goes_on(
+    small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "adapter": {"r": 4, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+        "quantize": {"scheme": "nf4", "skip": ["down_proj"]},
+        "train": {"max_steps": 4, "save_steps": 2, "max_length": 64, "save_total_limit": None},
+    }
+    whole, _ = small_run("whole", **settings)
+    codes = {path: adapter.own is not None for path, adapter in whole.model.linears().items()}
+    assert {path for path, own in codes.items() if not own} == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    cut, _ = small_run("cut", resume=True, **settings)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert torch.equal(logits(cut.model.module), logits(whole.model.module))
