@@ -178,12 +178,12 @@ def layer_activations(shape: Shape, run: Settings) -> int:
     """What one layer keeps for its backward beside its input.
 
     ``T c (5d + 2k + 4r)``: both norms' outputs, q, k, v, what attention gives, the sum after it, and the rank-r rows of
-    four linears; the norms' reciprocals in float32; copies of the factors in ``c`` bytes, where that is not float32;
-    and what the MLP keeps.
+    four linears; the norms' reciprocals in float32; the stacked A of q, k and v, and copies of the other factors in
+    ``c`` bytes, where that is not float32; and what the MLP keeps.
     """
     d, k, r, c = shape.hidden, shape.key_width, run.rank, run.compute_bytes
-    copies = sum(r * (out + width) for out, width in shape.linears[:4]) * c if c != 4 else 0
-    return run.tokens * (c * (5 * d + 2 * k + 4 * r) + 2 * 4) + copies + _mlp_activations(shape, run)
+    copies = r * (3 * d + 2 * k) * c if c != 4 else 0
+    return run.tokens * (c * (5 * d + 2 * k + 4 * r) + 2 * 4) + 3 * r * d * c + copies + _mlp_activations(shape, run)
 
 
 def _mlp_activations(shape: Shape, run: Settings) -> int:
@@ -194,25 +194,30 @@ def _mlp_activations(shape: Shape, run: Settings) -> int:
 
 
 def _mlp_work(shape: Shape, run: Settings) -> int:
-    """``T c (3f + 2d + 3r)``: the gradients of gate and of up, and the product; the incoming gradient and the input's;
-    the factors' gradients, ``c r (3f + 3d)``. Then either a summand of the input's gradient, ``T c d``, with a decoded
-    tile, or the factors' gradients once more in float32."""
+    """The larger of two moments. ``T c (3f + d + r)``: the gradients of gate and of up, and the product; the incoming
+    gradient; the factors' gradients of the down projection. ``T c (2f + 2d + 3r)``: the product is gone, and the input's
+    gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a summand of the input's gradient, ``T c d``,
+    with a decoded tile, or the factors' gradients once more in float32."""
     d, f, r, c = shape.hidden, shape.mlp, run.rank, run.compute_bytes
     factors = r * (3 * f + 3 * d)
     decoding = max(_decoding(out * width, run) for out, width in shape.linears[4:])
     product = run.tokens * d * c + decoding if run.bits == 4 else 0
-    return c * (run.tokens * (3 * f + 2 * d + 3 * r) + factors) + max(product, 4 * factors if c != 4 else 0)
+    gradients = c * (run.tokens * (3 * f + d + r) + r * (f + d))
+    inputs = c * (run.tokens * (2 * f + 2 * d + 3 * r) + factors) + max(product, 4 * factors if c != 4 else 0)
+    return max(gradients, inputs)
 
 
 def _attention_work(shape: Shape, run: Settings) -> int:
     """``T c (3d + 3k)``: the gradients of q, k and v, of the output and of the residual, and a part of k's; tiles of
-    scores, ``heads * 256 * keys``: three of the largest tile. The MLP's
-    activations are gone, and three of width d."""
+    scores, ``heads * 256 * keys``: three of the largest tile, with its part of q's gradient, and where query heads share
+    a key head copies of its part of the output's gradient, and of q if there are several tiles. The MLP's activations
+    are gone, and three of width d."""
     d, k, c = shape.hidden, shape.key_width, run.compute_bytes
     tiles = _score_tiles(run)
     scores = 3 * max(tiles)
-    rows = min(ATTENTION_TILE, run.tokens)
-    work = c * (run.tokens * (3 * d + 3 * k) + shape.heads * scores + 3 * rows * d)
+    rows, shares = min(ATTENTION_TILE, run.tokens), shape.heads > shape.kv_heads
+    copies = 1 + shares + (shares and len(tiles) > 1)
+    work = c * (run.tokens * (3 * d + 3 * k) + shape.heads * scores + copies * rows * d)
     return work - _mlp_activations(shape, run) - run.tokens * (3 * d * c + 4)
 
 
