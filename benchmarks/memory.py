@@ -195,9 +195,9 @@ def _mlp_activations(shape: Shape, run: Settings) -> int:
 
 def _mlp_work(shape: Shape, run: Settings) -> int:
     """The larger of two moments. ``T c (3f + d + r)``: the gradients of gate and of up, and the product; the incoming
-    gradient; the factors' gradients of the down projection. ``T c (2f + 2d + 3r)``: the product is gone, and the input's
-    gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a summand of the input's gradient, ``T c d``,
-    with a decoded tile, or the factors' gradients once more in float32."""
+    gradient; the factors' gradients of the down projection. ``T c (2f + 2d + 3r)``: the product is gone, and the
+    input's gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a summand of the input's gradient,
+    ``T c d``, with a decoded tile, or the factors' gradients once more in float32."""
     d, f, r, c = shape.hidden, shape.mlp, run.rank, run.compute_bytes
     factors = r * (3 * f + 3 * d)
     decoding = max(_decoding(out * width, run) for out, width in shape.linears[4:])
@@ -209,9 +209,9 @@ def _mlp_work(shape: Shape, run: Settings) -> int:
 
 def _attention_work(shape: Shape, run: Settings) -> int:
     """``T c (3d + 3k)``: the gradients of q, k and v, of the output and of the residual, and a part of k's; tiles of
-    scores, ``heads * 256 * keys``: three of the largest tile, with its part of q's gradient, and where query heads share
-    a key head copies of its part of the output's gradient, and of q if there are several tiles. The MLP's activations
-    are gone, and three of width d."""
+    scores, ``heads * 256 * keys``: three of the largest tile, with its part of q's gradient, and where query heads
+    share a key head copies of its part of the output's gradient, and of q if there are several tiles. The MLP's
+    activations are gone, and three of width d."""
     d, k, c = shape.hidden, shape.key_width, run.compute_bytes
     tiles = _score_tiles(run)
     scores = 3 * max(tiles)
