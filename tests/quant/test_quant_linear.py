@@ -229,3 +229,9 @@ def test_the_layer_as_a_plain_one_computes_the_same_and_shares_its_bias() -> Non
 def test_the_weight_cannot_be_replaced_behind_the_buffers() -> None:
     with pytest.raises(AttributeError):
         layer().weight = torch.randn(33, 96)  # type: ignore[misc,assignment]  # what must fail
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_layer_is_in_the_mode_that_it_was_in(training: bool) -> None:
+    """An adapter over it takes its mode, and with it whether it drops inputs."""
+    assert QuantizedLinear.from_linear(nn.Linear(64, 4).train(training)).training is training

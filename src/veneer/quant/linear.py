@@ -45,12 +45,12 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "") -> QuantizedLinear:
-        """``linear`` with its weight in codes and its own bias.
+        """``linear`` with its weight in codes, its own bias, and in its mode.
 
         Raises:
             ModelError: the weight holds NaN or infinity; ``name`` says where.
         """
-        return cls(quantize(linear.weight, config, name), linear.bias)
+        return cls(quantize(linear.weight, config, name), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> QuantizedTensor:
