@@ -258,7 +258,12 @@ def _prompt_too_long(bench: Bench) -> list[str]:
 
 
 CASES = [
-    Case("a typo in a key", _typo, 2, ("recipe.yaml:4", "'adapter.lora_alhpa'", "Did you mean 'adapter.lora_alpha'")),
+    Case(
+        "a typo in a key",
+        _typo,
+        2,
+        ("recipe.yaml:4", "'adapter.lora_alhpa'", "Did you mean 'adapter.lora_alpha' or 'adapter.use_lora_fa'?"),
+    ),
     Case("an unknown target module", _unknown_target, 1, ("q_porj", "q_proj")),
     Case("an empty file", _empty_file, 1, ("rows.jsonl", "empty")),
     Case("broken JSON in line 7", _broken_json, 1, ("rows.jsonl:7", "JSON")),
