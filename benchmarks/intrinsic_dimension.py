@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import in_process
-from benchmarks.quantisation_page import _table as markdown_table
+from benchmarks.quantisation_page import table as markdown_table
 from benchmarks.variants import Task, prepare_task, reason, say
 from benchmarks.variants_methods import settings_hash
 from benchmarks.variants_results import Record, Results, key_of

@@ -15,7 +15,7 @@ def page(report: dict[str, Any]) -> str:
     machine = f"{settings['dtype']} on a CPU ({settings['cpu']}, {settings['threads']} threads)"
     parts = [
         "# What quantisation costs",
-        _paragraph(f"Written by `{report['command']}`, with {versions}, in {machine}."),
+        paragraph(f"Written by `{report['command']}`, with {versions}, in {machine}."),
         "## Errors and size",
         *_about_errors(settings),
         _error_table(report["storages"]),
@@ -23,7 +23,7 @@ def page(report: dict[str, Any]) -> str:
         *_about_perplexity(settings),
         _perplexity_table(report["storages"], trained=settings["steps"] > 0),
         "## What the literature says",
-        _table(
+        table(
             ["claim", "as measured here", ""],
             [[claim["claim"], claim["measured"], claim["verdict"]] for claim in report["claims"]],
             left=3,
@@ -47,7 +47,7 @@ def _about_errors(settings: dict[str, Any]) -> list[str]:
             f'The bundled model\'s weights come from a file of {settings["stored_as"]}: "not quantised" means these '
             "numbers as they are, which lie on a coarse grid of their own already. The Gaussian column is free of that."
         )
-    return [_paragraph(text) for text in paragraphs]
+    return [paragraph(text) for text in paragraphs]
 
 
 def _about_perplexity(settings: dict[str, Any]) -> list[str]:
@@ -62,7 +62,7 @@ def _about_perplexity(settings: dict[str, Any]) -> list[str]:
             f"{settings['learning_rate']:g}, seed {settings['seed']}. One short run for each storage, from the same "
             "start and over the same rows."
         )
-    return [_paragraph(text) for text in paragraphs]
+    return [paragraph(text) for text in paragraphs]
 
 
 def _error_table(storages: dict[str, Any]) -> str:
@@ -71,7 +71,7 @@ def _error_table(storages: dict[str, Any]) -> str:
     for name, row in storages.items():
         errors = [f"{100 * row[key]:.2f} %" if key in row else "" for key in keys]
         rows.append([name, *errors, f"{row['bits']:.3f}"])
-    return _table(["storage", "Gaussian weights", "weights", "outputs", "bits per parameter"], rows)
+    return table(["storage", "Gaussian weights", "weights", "outputs", "bits per parameter"], rows)
 
 
 def _perplexity_table(storages: dict[str, Any], trained: bool) -> str:
@@ -82,14 +82,14 @@ def _perplexity_table(storages: dict[str, Any], trained: bool) -> str:
             gap = row.get(f"gap_{when}")
             cells += [f"{row[when]:.3f}", f"{gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f})" if gap else ""]
         rows.append(cells)
-    return _table(["storage", "before", "gap", *(["after LoRA", "gap"] if trained else [])], rows)
+    return table(["storage", "before", "gap", *(["after LoRA", "gap"] if trained else [])], rows)
 
 
-def _table(titles: list[str], rows: list[list[str]], left: int = 1) -> str:
+def table(titles: list[str], rows: list[list[str]], left: int = 1) -> str:
     """A table of Markdown; the first ``left`` columns are flush left, the others right."""
     rule = "|" + "---|" * left + "---:|" * (len(titles) - left)
     return "\n".join(["| " + " | ".join(titles) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -8,7 +8,8 @@ Each run is a process of its own. Its result goes into ``--results`` at once, so
 was: what the file holds is not run again. ``--write`` makes the page and its pictures from the file alone.
 
 A method's learning rate is the one of ``--rates`` with the lowest held-out loss at the first seed, on rows that are not
-reported; the other seeds then run at it. A method that fails is recorded with its error, and the others go on.
+reported; the other seeds then run at it, and so does the second task. A method that fails is recorded with its error,
+and the others go on. ``--workers 2 --threads 1`` makes two runs at a time, sooner done than one after another.
 
 ``--cost`` compares step time and memory instead: a method and its reference train in turn, block by block.
 """
@@ -23,7 +24,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 from benchmarks.processes import Job, in_process
 from benchmarks.quantisation import prepare_rows
 from benchmarks.variants_methods import METHODS, QUICK, Method, chosen, settings_hash
-from benchmarks.variants_results import Record, Results
+from benchmarks.variants_results import Record, Results, key_of
 
 MODULE = "benchmarks.variants_run"
 RATES = (1e-4, 2.7e-4, 7.5e-4, 2e-3)
@@ -74,6 +76,7 @@ class Bench:
     threads: int
     seeds: int
     rates: list[float]
+    workers: int = 1
 
     def record_of(self, task: Task, method: Method | None, seed: int, rate: float) -> Record:
         """The record of a run that is still to be measured; without a method that of the base as it is."""
@@ -106,52 +109,68 @@ class Bench:
             "threads": self.threads,
         }
 
-    def todo(self, task: Task, methods: list[Method]) -> Iterator[Record]:
-        """The runs of a task, one after another: which rate the later seeds take depends on what came before."""
+    def phases(self, tasks: Sequence[Task], methods: list[Method]) -> Iterator[list[Record]]:
+        """The runs, in lists: the runs of one are independent of each other, and what they find decides the next one.
+
+        The first task searches the rates; its choice holds for its other seeds and for the other tasks.
+        """
         from benchmarks.variants_figures import chosen_rate
 
-        yield self.record_of(task, None, 0, 0.0)
-        for method in methods:
-            if method.rate_of is None:
-                yield from (self.record_of(task, method, 0, rate) for rate in self.rates)
-        for method in methods:
-            common = {**self.common, "rows": task.digest}
-            mine = [r for r in self.results if r["task"] == task.label and r.get("common") == common]
-            rate = chosen_rate(method.name, [r for r in mine if r["learning_rate"] in self.rates])
-            if rate is not None:
-                yield from (self.record_of(task, method, seed, rate) for seed in range(self.seeds))
+        first = tasks[0]
+        searching = [method for method in methods if method.rate_of is None]
+        bases = [self.record_of(task, None, 0, 0.0) for task in tasks]
+        yield [*bases, *(self.record_of(first, method, 0, rate) for method in searching for rate in self.rates)]
+        common = {**self.common, "rows": first.digest}
+        mine = [r for r in self.results if r["task"] == first.label and r.get("common") == common]
+        mine = [r for r in mine if r["learning_rate"] in self.rates]
+        rates = {method.name: chosen_rate(method.name, mine) for method in methods}
+        for seed in range(self.seeds):
+            for task in tasks:
+                yield [self.record_of(task, m, seed, rate) for m in methods if (rate := rates[m.name]) is not None]
 
-    def measure(self, task: Task, record: Record, machine: dict[str, Any]) -> None:
-        """Runs what a record stands for, and adds it with its figures, or with the error that stopped it."""
-        from benchmarks.variants_results import key_of
-
-        if self.results.get(key_of(record)) is not None:
-            return
+    def measure(self, tasks: Sequence[Task], record: Record, machine: dict[str, Any]) -> Record:
+        """Runs what a record stands for: the record with its figures, or with the error that stopped it."""
+        task = next(task for task in tasks if task.label == record["task"])
         what = f"{record['method']}, seed {record['seed']}, rate {record['learning_rate']:g}, {record['steps']} steps"
         say(f"{task.label}: {what}")
         began = time.perf_counter()
-        try:
-            figures = in_process(MODULE, "base" if record["method"] == "base" else "run", self.job_of(task, record))
-        except SystemExit as failure:
-            figures = {"error": reason(failure)}
-            say(f"  failed: {figures['error']}")
-        self.results.add({**record, **figures, "machine": machine, "wall_seconds": time.perf_counter() - began})
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            job = {**self.job_of(task, record), "folder": folder}
+            try:
+                figures = in_process(MODULE, "base" if record["method"] == "base" else "run", job)
+            except SystemExit as failure:
+                figures = {"error": reason(failure)}
+                say(f"  {record['method']} failed: {figures['error']}")
+        return {**record, **figures, "machine": machine, "wall_seconds": time.perf_counter() - began}
 
+    def lacking(self, records: Iterable[Record]) -> list[Record]:
+        """Those of the records that are not measured."""
+        return [record for record in records if self.results.get(key_of(record)) is None]
 
-def planned(bench: Bench, task: Task, methods: list[Method]) -> int:
-    """How many runs of a task the file lacks; those whose rate is not known yet are counted as lacking."""
-    from benchmarks.variants_results import key_of
+    def measure_all(
+        self, tasks: Sequence[Task], methods: list[Method], machine: dict[str, Any], minutes: float | None = None
+    ) -> bool:
+        """Measures what is lacking, some at a time, each added as it is found; False where the minutes were over."""
+        end = time.monotonic() + 60 * minutes if minutes is not None else None
 
-    total = 1 + sum(len(bench.rates) + bench.seeds - 1 if m.rate_of is None else bench.seeds for m in methods)
-    done = {key_of(r) for r in bench.todo(task, methods) if bench.results.get(key_of(r)) is not None}
-    return total - len(done)
+        def measured(record: Record) -> Record | None:
+            return None if end is not None and time.monotonic() > end else self.measure(tasks, record, machine)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for phase in self.phases(tasks, methods):
+                for waiting in as_completed([pool.submit(measured, record) for record in self.lacking(phase)]):
+                    found = waiting.result()
+                    if found is None:
+                        return False
+                    self.results.add(found)
+        return True
 
 
 def estimate(bench: Bench, tasks: list[Task], methods: list[Method]) -> str:
     """How long the runs that are lacking will take, from a short run of LoRA on each task."""
     told, total = [], 0.0
-    for task in tasks:
-        runs = planned(bench, task, methods)
+    for place, task in enumerate(tasks):
+        runs = planned(bench, tasks, place, methods)
         if not runs:
             told.append(f"{task.label}: nothing is lacking")
             continue
@@ -160,13 +179,23 @@ def estimate(bench: Bench, tasks: list[Task], methods: list[Method]) -> str:
         probe = in_process(MODULE, "run", {**bench.job_of(task, record), "steps": PROBE_STEPS})
         wall = time.perf_counter() - began
         step, around = probe["train_seconds"] / PROBE_STEPS, wall - probe["train_seconds"]
-        seconds = runs * (around + record["steps"] * step)
+        seconds = runs * (around + record["steps"] * step) / bench.workers
         total += seconds
         told.append(
             f"{task.label}: {runs} runs x {record['steps']} steps x {step:.2f} s, and {around:.0f} s around each: "
             f"{seconds / 60:.0f} min"
         )
-    return "\n".join([*told, f"estimated in all: {total / 60:.0f} min"])
+    return "\n".join([*told, f"estimated in all: {total / 60:.0f} min, {bench.workers} at a time"])
+
+
+def planned(bench: Bench, tasks: Sequence[Task], place: int, methods: list[Method]) -> int:
+    """How many runs of a task the file lacks; those whose rate is not known yet are counted as lacking."""
+    label = tasks[place].label
+    searching = sum(m.rate_of is None for m in methods) * (len(bench.rates) - 1) if place == 0 else 0
+    total = 1 + len(methods) * bench.seeds + searching
+    wanted = [record for phase in bench.phases(tasks, methods) for record in phase if record["task"] == label]
+    lacking = {key_of(record) for record in bench.lacking(wanted)}
+    return total - len({key_of(record) for record in wanted} - lacking)
 
 
 def compare_costs(bench: Bench, task: Task, methods: list[Method], rounds: int, block: int) -> None:
@@ -214,6 +243,7 @@ def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:
         **{key: told[key] for key in ("dtype", "processor")},
         "device": options.device,
         "threads": options.threads,
+        "workers": options.workers,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -241,7 +271,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSONL with prompt and answer: a second task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES), help="one alone is not searched")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--rows", type=int, default=960, help="rows to train on")
     parser.add_argument("--held-out", type=int, default=128, help="half of them choose the rates, half are reported")
@@ -253,7 +283,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK_SETTINGS)
     options = parser.parse_args(arguments)
@@ -283,7 +314,7 @@ def run(options: argparse.Namespace, results: Results, folder: Path) -> None:
     """Measures what is lacking."""
     keys = ("base", "dtype", "device", "steps", "batch", "max_length")
     common = {key: getattr(options, key) for key in keys}
-    bench = Bench(common, results, folder, options.threads, options.seeds, options.rates)
+    bench = Bench(common, results, folder, options.threads, options.seeds, options.rates, options.workers)
     methods = chosen(options.methods)
     sources = [None] if options.data is None else [None, options.data]
     tasks = [prepare_task(options, data, folder / str(number)) for number, data in enumerate(sources)]
@@ -296,13 +327,8 @@ def run(options: argparse.Namespace, results: Results, folder: Path) -> None:
         say(estimate(bench, tasks, methods))
     if options.estimate:
         return
-    began = time.monotonic()
-    for task in tasks:
-        for record in bench.todo(task, methods):
-            if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
-                say("the minutes are over: go on with the same command")
-                return
-            bench.measure(task, record, machine)
+    if not bench.measure_all(tasks, methods, machine, options.minutes):
+        say("the minutes are over: go on with the same command")
 
 
 def report(options: argparse.Namespace, results: Results) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantisation_page import _paragraph as paragraph
-from benchmarks.quantisation_page import _table as table
+from benchmarks.quantisation_page import paragraph, table
 from benchmarks.variants_advice import advice
 from benchmarks.variants_charts import draw_drift, draw_losses
 from benchmarks.variants_claims import Outcomes, against_reference, said, verdicts
@@ -73,11 +72,17 @@ def _about(found: Findings) -> list[str]:
         common, machine = records[-1]["common"], records[-1]["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         half = len(records[-1]["tokens"]) // 2
+        searched = any(len(outcome.by_rate) > 1 for outcome in found.tasks[task].values())
+        rates = (
+            f"{half} held-out rows chose each method's learning rate (seed 0), "
+            if searched
+            else "The learning rates were not searched here; "
+        )
         told.append(
             f"{task}: {common['base']} in {machine['dtype']}, {common['steps']} steps of {common['batch']} rows on "
-            f"{machine['device']} ({machine['processor']}, {machine['threads']} threads), with {versions}. {half} "
-            "held-out rows chose each method's learning rate (seed 0), "
-            f"{len(records[-1]['tokens']) - half} others are reported."
+            f"{machine['device']} ({machine['processor']}, threads of each run: {machine['threads']}, runs at a time: "
+            f"{machine['workers']}), with {versions}. {rates}{len(records[-1]['tokens']) - half} "
+            f"{'others' if searched else 'held-out rows'} are reported."
         )
     return [
         "Written by `python -m benchmarks.variants` from its file of results. All linear layers, rank 16 and "
@@ -169,9 +174,10 @@ def _sizes(found: Findings) -> list[str]:
         parts.append(table(titles, rows))
     parts.append(
         paragraph(
-            "Means over the seeds, of runs at different times: small differences of speed are the machine's. Peak "
-            "memory is that of the whole process, initialisation and all. The seconds to the first step are those from "
-            "the loaded base on: initialisation, rendering of the rows, checks. MB and GB are 10^6 and 10^9 bytes."
+            "Means over the seeds (speed: of each run's median step), of runs at different times: small differences of "
+            "speed are the machine's. Peak memory is that of the whole process, initialisation and all. The seconds to "
+            "the first step are those from the loaded base on: initialisation, rendering of the rows, checks. MB and "
+            "GB are 10^6 and 10^9 bytes."
         )
     )
     if found.costs:

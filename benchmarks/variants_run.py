@@ -9,6 +9,7 @@ Names: ``N`` held-out rows, ``P`` prompts.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,11 +114,11 @@ def run(job: Job) -> Result:
     result = train_recipe(recipe_of(job), overwrite=True, progress=watch)
     peak = peak_gb(job["device"])  # before the measurements, which hold other things
     figures = watch.figures()
-    steady = sum(figures["seconds"][WARM_UP:])
+    speeds = [tokens / seconds for tokens, seconds in zip(watch.tokens, figures["seconds"], strict=True)]
     return {
         "losses": figures["losses"],
         "train_seconds": figures["train_seconds"],
-        "tokens_per_second": sum(watch.tokens[WARM_UP:]) / steady if steady else 0.0,
+        "tokens_per_second": statistics.median(speeds[WARM_UP:] or speeds),
         "init_seconds": watch.started - when["loaded"],
         "peak_gb": peak,
         "adapter_mb": (result.adapter / "adapter_model.safetensors").stat().st_size / 1e6,
@@ -152,21 +153,22 @@ def measure(model: Any, job: Job) -> Result:
 
 
 @torch.no_grad()
-def held_out(module: nn.Module, examples: Sequence[Any], rows: int = 8) -> Result:
+def held_out(module: nn.Module, examples: Sequence[Any], rows: int = 16) -> Result:
     """What the model gives to held-out answers.
 
     Returns:
         ``nll`` ``[N]`` summed nats, ``correct`` ``[N]`` tokens that are the model's first choice, ``tokens`` ``[N]``.
     """
-    from veneer.data import collate_padded
+    from veneer.data import collate_packed
     from veneer.models.head import hidden_states, token_losses
 
     found: dict[str, list[Any]] = {"nll": [], "correct": [], "tokens": []}
     device = next(module.parameters()).device
     for start in range(0, len(examples), rows):
-        batch = collate_padded(examples[start : start + rows], 0)  # right padding is never seen
-        losses = token_losses(module, hidden_states(module, batch), batch.targets.to(device))
-        counts = (batch.targets != -100).sum(1).tolist()
+        batch = collate_packed(examples[start : start + rows], share_prefix=True).to(device)
+        losses = token_losses(module, hidden_states(module, batch), batch.targets)
+        documents = torch.split(batch.targets[0], batch.document_lengths or [])
+        counts = [int((document != -100).sum()) for document in documents[batch.shared_prefix > 0 :]]
         found["nll"] += [float(part.double().sum()) for part in torch.split(losses.nll, counts)]
         found["correct"] += [int(part.sum()) for part in torch.split(losses.correct, counts)]
         found["tokens"] += counts

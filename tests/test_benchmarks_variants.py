@@ -42,7 +42,14 @@ def record(method: str = "lora", seed: int = 0, rate: float = 1e-3, **changes: A
         "peak_gb": 2.0,
         "adapter_mb": 19.5,
         "trained_parameters": 4_884_480,
-        "machine": {"dtype": "bfloat16", "processor": "AVX512", "device": "cpu", "threads": 2, "versions": {"v": "1"}},
+        "machine": {
+            "dtype": "bfloat16",
+            "processor": "AVX512",
+            "device": "cpu",
+            "threads": 2,
+            "workers": 1,
+            "versions": {"v": "1"},
+        },
     }
     settings = {"method": method, "task": TASK, "seed": seed, "learning_rate": rate, "common": common, **changes}
     return {**figures, "settings_hash": settings_hash({"rate": rate, "method": method}), **settings}
@@ -154,6 +161,10 @@ def bench_of(results: Results, folder: Path, **changes: Any) -> Bench:
     )
 
 
+FIGURES = ["losses", "nll", "correct", "tokens", "drift", "tokens_per_second", "init_seconds", "peak_gb", "adapter_mb"]
+FIGURES.append("trained_parameters")
+
+
 def fake(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[tuple[int, float]]:
     """Runs that take no time: the smaller rate is the better one; an adapter with the setting ``failing`` fails."""
     made: list[tuple[int, float]] = []
@@ -165,7 +176,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[tuple[int, 
                 "run failed:\nTraceback ...\n  File x\nveneer.errors.AdapterError: no such thing\n  fix: another\n"
             )
         figures = record(change=1000 * job["learning_rate"])
-        return {key: figures[key] for key in ("losses", "nll", "correct", "tokens", "drift")}
+        return {key: figures[key] for key in FIGURES}
 
     monkeypatch.setattr(variants, "in_process", in_process)
     return made
@@ -175,40 +186,60 @@ def test_a_run_searches_the_rate_then_runs_the_seeds_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = fake(monkeypatch)
-    task = Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")
+    tasks = [Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")]
     methods = chosen(["lora"])
     bench = bench_of(Results(tmp_path / "results.jsonl"), tmp_path)
-    assert planned(bench, task, methods) == 1 + 2 + 2
-    for number, wanted in enumerate(bench.todo(task, methods)):
-        bench.measure(task, wanted, {})
-        if number == 2:  # the base and both rates
-            break
+    assert planned(bench, tasks, 0, methods) == 1 + 2 + 2
+    for wanted in next(bench.phases(tasks, methods)):
+        bench.results.add(bench.measure(tasks, wanted, {}))
     assert made == [(0, 0.0), (0, 1e-4), (0, 1e-3)]
     made.clear()
     resumed = bench_of(Results(bench.results.path), tmp_path)
-    assert planned(resumed, task, methods) == 2
-    for wanted in resumed.todo(task, methods):
-        resumed.measure(task, wanted, {})
+    assert planned(resumed, tasks, 0, methods) == 2
+    assert resumed.measure_all(tasks, methods, {})
     assert made == [(1, 1e-4), (2, 1e-4)]
-    assert planned(resumed, task, methods) == 0
+    assert planned(resumed, tasks, 0, methods) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_second_task_takes_the_rates_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    made = fake(monkeypatch)
+    tasks = [Task(label, tmp_path / "rows", tmp_path / "held", "", label) for label in (TASK, "other rows")]
+    bench = bench_of(Results(tmp_path / "results.jsonl"), tmp_path, workers=workers)
+    methods = chosen(["dora"])
+    assert [planned(bench, tasks, place, methods) for place in range(2)] == [1 + 2 * (2 + 2), 1 + 2 * 3]
+    assert bench.measure_all(tasks, methods, record()["machine"])
+    assert len(made) == 9 + 7
+    other = [(r["method"], r["seed"], r["learning_rate"]) for r in bench.results if r["task"] == "other rows"]
+    assert sorted(other) == [("base", 0, 0.0), *((m, s, 1e-4) for m in ("dora", "lora") for s in range(3))]
+    assert [planned(bench, tasks, place, methods) for place in range(2)] == [0, 0]
+    told = page(findings(bench.results))
+    assert "chose each method's learning rate" in told
+    assert "The learning rates were not searched here" in told
+
+
+def test_when_the_minutes_are_over_no_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fake(monkeypatch)
+    tasks = [Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")]
+    assert not bench_of(Results(None), tmp_path).measure_all(tasks, chosen(["lora"]), {}, minutes=-1)
+    assert made == []
 
 
 def test_a_longer_run_takes_the_rate_of_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
-    task = Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")
     bench = bench_of(Results(None), tmp_path)
-    for wanted in bench.todo(task, chosen(["lora-double"])):
-        bench.measure(task, wanted, {})
+    bench.measure_all([Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")], chosen(["lora-double"]), {})
     longer = [r for r in bench.results if r["method"] == "lora-double"]
     assert [(r["seed"], r["learning_rate"], r["steps"]) for r in longer] == [(s, 1e-4, 80) for s in range(3)]
 
 
 def test_a_method_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, failing="use_dora")
-    task = Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")
     bench = bench_of(Results(tmp_path / "results.jsonl"), tmp_path, seeds=1)
-    for wanted in bench.todo(task, chosen(["dora", "pissa"])):
-        bench.measure(task, wanted, {})
+    task = Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")
+    bench.measure_all([task], chosen(["dora", "pissa"]), {})
     assert {r["method"] for r in bench.results} == {"base", "lora", "pissa"}
     assert {(r["method"], r["error"]) for r in bench.results.failures()} == {
         ("dora", "veneer.errors.AdapterError: no such thing / fix: another")

@@ -63,12 +63,12 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
 def _turn(u: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """``R u`` of ``u [heads, T, D]`` into ``out``; ``back`` turns by the opposite angle, which is the gradient."""
     half = cos.shape[-1] // 2
-    (u1, u2), (o1, o2), c, s = u.chunk(2, -1), out.chunk(2, -1), cos[:, :half], sin[:, :half]
-    sign = -1 if back else 1
-    torch.mul(u1, c, out=o1)
-    o1.addcmul_(u2, s, value=-sign)
-    torch.mul(u2, c, out=o2)
-    o2.addcmul_(u1, s, value=sign)
+    (u1, u2), (o1, o2), s = u.chunk(2, -1), out.chunk(2, -1), sin[:, :half]
+    torch.mul(u, cos, out=out)  # each product is rounded before the sum, as in transformers: the same bits
+    product = u2 * s
+    (o1.add_ if back else o1.sub_)(product)
+    torch.mul(u1, s, out=product)
+    (o2.sub_ if back else o2.add_)(product)
     return out
 
 
