@@ -2,7 +2,7 @@
 
 ``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
 
-Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (before their row scales) and the rank-r rows; ``act(e)``
+Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases) and the rank-r rows; ``act(e)``
 and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]`` tensors
 are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they read ``x``
 once.
@@ -123,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
         rank = bg.shape[1]
         flat = dy.reshape(-1, dy.shape[-1])
         flat, drd = row_scale_grads(flat, u, kd)
-        e, g = scale_rows(e0, kg, ctx.biases[0]), scale_rows(g0, ku, ctx.biases[1])
+        e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         a = activation(ctx.act, e)
         m = a * g
         pd, dAd, dBd = low_rank_grads(flat, m if ctx.needs_input_grad[15] else None, hd, bd, sd)

@@ -8,9 +8,10 @@ The backward multiplies the small matrices first and never forms ``dW`` or ``B A
     dA = s P^T x       [r, in]
     dB = s G^T h       [out, r]      with h = x A^T kept from the forward
     dx = G W + s P A   [T, in]
-    dg = sum over T of dY u          with u = x W^T + s h B^T kept from the forward
+    dg = sum over T of dY z / g      with z = g (x W^T + s h B^T) kept from the forward
 
-Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``u``.
+Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``z``, which
+without a bias is the output itself. A row whose scale is exactly zero gets no gradient of it.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank.
 """
 
@@ -95,23 +96,28 @@ def low_rank_grads(
 
 
 def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``g u + b [T, out]``, new, from ``less_one = g - 1`` in ``u``'s dtype; without a row scale ``u`` itself."""
+    """``g u + b [T, out]`` from ``less_one = g - 1`` in ``u``'s dtype; ``u`` becomes ``z = g u`` in place.
+
+    Without a row scale it is ``u`` itself: the product has added the bias.
+    """
     if less_one is None:
         return u
-    y = torch.addcmul(u, u, less_one)
-    return y if bias is None else y.add_(bias)
+    u.addcmul_(u, less_one)
+    return u if bias is None else u + bias
 
 
 def row_scale_grads(
-    dy: Tensor, u: Tensor | None, less_one: Tensor | None, *, in_place: bool = False
+    dy: Tensor, z: Tensor | None, less_one: Tensor | None, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """``(dY g [T, out], dg [out] float32)`` of ``y = g u + b``; without a row scale ``(dY, None)``.
+    """``(dY g [T, out], dg [out] float32)`` of ``y = z + b`` with ``z = g u``; without a row scale ``(dY, None)``.
 
     ``in_place`` writes the first over ``dy``, which must be the caller's own.
     """
-    if less_one is None or u is None:
+    if less_one is None or z is None:
         return dy, None
-    dg = (dy * u).sum(0).to(torch.promote_types(dy.dtype, torch.float32))
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    g = less_one.to(dtype) + 1
+    dg = (dy * z).sum(0).to(dtype).div_(g.masked_fill_(g == 0, torch.inf))
     return torch.addcmul(dy, dy, less_one, out=dy if in_place else None), dg
 
 
@@ -132,16 +138,16 @@ class _LoraLinear(torch.autograd.Function):
         less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
         u, h = low_rank_forward(flat, weight, bias if less_one is None else None, a, b, scaling)
         y = scale_rows(u, less_one, bias)
-        kept_x, kept_u = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
-        ctx.save_for_backward(kept_x, h, a, b, less_one, kept_u)
+        kept_x, z = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
+        ctx.save_for_backward(kept_x, h, a, b, less_one, z)
         ctx.weight, ctx.scaling, ctx.dtypes = weight, scaling, (A.dtype, B.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, b, less_one, u = ctx.saved_tensors
-        flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), u, less_one)
+        x, h, a, b, less_one, z = ctx.saved_tensors
+        flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), z, less_one)
         p, da, db = low_rank_grads(flat, x, h, b, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:

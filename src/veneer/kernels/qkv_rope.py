@@ -6,7 +6,7 @@ where ``R`` turns each pair of halves of a head: ``(u1, u2) -> (u1 c - u2 s, u2 
 are stacked, so that x is read once; the rotation writes heads first, as attention reads them, with no copy in between.
 
 Kept for the backward: ``x`` once (not where every A is frozen) and the rank-r rows. A row scale needs each projection
-before it: where there is no bias, that is the output turned back and divided, and attention keeps the output anyway.
+before its bias: where there is none, that is the output turned back, and attention keeps the output anyway.
 Names: ``T`` rows, ``d`` width, ``H`` query heads, ``K`` key heads, ``D`` size of a head, ``r`` rank.
 """
 
@@ -110,12 +110,9 @@ class _QkvRope(torch.autograd.Function):
         ps: list[Tensor] = []
         for i, (grad, h) in enumerate(zip(grads, torch.split(hh, ranks, 1))):
             flat = _rows_first(grad, cos, sin, turned=i < 2)
-            u = kept[i]
-            if scaled[i] is not None:
-                g = less_one[i] + 1
-                u = _rows_first(scaled[i], cos, sin, turned=i < 2, unit=True) / g.masked_fill(g == 0, 1)
-            flat, dg = row_scale_grads(flat, u, less_one[i], in_place=True)
-            del u
+            z = kept[i] if scaled[i] is None else _rows_first(scaled[i], cos, sin, turned=i < 2, unit=True)
+            flat, dg = row_scale_grads(flat, z, less_one[i], in_place=True)
+            del z
             flats.append(flat)
             dgs.append(dg)
             ps.append((flat @ bs[i]).mul_(ctx.scalings[i]))
