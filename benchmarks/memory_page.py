@@ -151,7 +151,12 @@ def _checks() -> list[str]:
         "",
         "What lies there between steps is read off the tensors. The last two lines are what a step adds: every",
     ]
-    lines += ["storage that an operation makes is counted until it is freed.", ""]
+    lines += [
+        "storage that an operation makes is counted until it is freed. Tests hold these and other runs to the formulas:",
+        "what lies there between steps to the byte, the most in a step within 2 %, because rank-r rows and other small",
+        "things that come and go within an operation are not followed one by one.",
+        "",
+    ]
     head = [cell for place, *_ in CHECKS for cell in (f"{place}: computed", "measured")]
     lines += [_row(["bytes", *head]), _rule(len(head))]
     return lines + [_row([name, *(f"{column[i]:,}" for column in columns)]) for i, name in enumerate(names)]
