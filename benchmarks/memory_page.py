@@ -152,9 +152,9 @@ def _checks() -> list[str]:
         "What lies there between steps is read off the tensors. The last two lines are what a step adds: every",
     ]
     lines += [
-        "storage that an operation makes is counted until it is freed. Tests hold these and other runs to the formulas:",
-        "what lies there between steps to the byte, the most in a step within 2 %, because rank-r rows and other small",
-        "things that come and go within an operation are not followed one by one.",
+        "storage that an operation makes is counted until it is freed. Tests hold these runs and others to the",
+        "formulas: what lies there between steps to the byte, the most in a step within 2 %, because rank-r rows and",
+        "other small things that come and go within an operation are not followed one by one.",
         "",
     ]
     head = [cell for place, *_ in CHECKS for cell in (f"{place}: computed", "measured")]

@@ -2,10 +2,10 @@
 
 ``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
 
-Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases) and the rank-r rows; ``act(e)``
-and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]`` tensors
-are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they read ``x``
-once.
+Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases) and the rank-r rows;
+``act(e)`` and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]``
+tensors are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they
+read ``x`` once.
 Names: ``T`` rows, ``d`` width, ``f`` hidden width, ``r`` rank.
 """
 
