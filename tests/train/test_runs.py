@@ -15,7 +15,7 @@ from runs import Watcher, lines
 from torch import Tensor
 
 from veneer.adapters import LoraConfig, attach
-from veneer.errors import StorageError, TrainError, UsageError, VeneerError
+from veneer.errors import DataError, StorageError, TrainError, UsageError, VeneerError
 from veneer.models import load_base
 from veneer.recipe import Recipe
 from veneer.run import open_run
@@ -238,6 +238,37 @@ def test_a_run_that_does_not_help_says_so(small_run: Callable[..., Any], monkeyp
     monkeypatch.setattr(session, "held_out_loss", lambda *a: {"eval_loss": next(figures), "eval_perplexity": 1.0})
     _, watcher = small_run()
     assert any("training did not help: eval_loss is 2, and 1 for the base" in text for text in watcher.warnings)
+
+
+def test_a_metric_that_cannot_grade_the_held_out_answers_is_refused_before_training(
+    small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="the reference is not JSON") as caught:
+        small_run(eval={"metrics": ["json_exact"]})
+    assert caught.value.where is not None
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_trained_survives_an_evaluation_that_fails(
+    small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    straight, _ = small_run("straight")
+    real, calls = session.held_out_loss, iter([False, True])
+
+    def fails(*arguments: Any) -> dict[str, float]:
+        if next(calls):
+            raise MemoryError("no memory to judge with")
+        return real(*arguments)
+
+    monkeypatch.setattr(session, "held_out_loss", fails)
+    with pytest.raises(MemoryError):
+        small_run()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    monkeypatch.setattr(session, "held_out_loss", real)
+    resumed, _ = small_run(resume=True)
+    state = straight.model.state()
+    assert all(torch.equal(state[key], tensor) for key, tensor in resumed.model.state().items())
+    assert resumed.metrics["eval_loss"] == straight.metrics["eval_loss"]
 
 
 def test_an_output_folder_with_a_run_needs_resume_or_overwrite(small_run: Callable[..., Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ _WHERE = {
     "Metric": "veneer.evaluate.metrics",
     "resolve_metric": "veneer.evaluate.metrics",
     "score": "veneer.evaluate.metrics",
+    "check_rows": "veneer.evaluate.measure",
     "evaluate": "veneer.evaluate.measure",
     "evaluate_classes": "veneer.evaluate.classify",
     "predict": "veneer.evaluate.classify",
@@ -26,6 +27,7 @@ __all__ = [
     "Metric",
     "MetricResult",
     "RowResult",
+    "check_rows",
     "evaluate",
     "evaluate_classes",
     "predict",
@@ -37,7 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from veneer.evaluate.classify import evaluate_classes, predict
     from veneer.evaluate.evaluation import Evaluation, MetricResult, RowResult
-    from veneer.evaluate.measure import evaluate
+    from veneer.evaluate.measure import check_rows, evaluate
     from veneer.evaluate.metrics import METRICS, Metric, resolve_metric, score
     from veneer.evaluate.report import write_report
 

@@ -115,8 +115,7 @@ def evaluate(
     base = _base_of(model)
     tell = progress or _silent
     texts = any(metric.score is not None for metric in chosen)
-    questions = [_question(row, base, chat_template, texts) for row in rows.conversations]
-    _check_references(chosen, questions)
+    questions = _questions(rows, base, chosen, chat_template)
 
     def ask(who: str) -> _Answers:
         with _eval_mode(base.module):
@@ -162,7 +161,32 @@ def evaluate(
     )
 
 
+def check_rows(
+    base: Base,
+    rows: Rows,
+    metrics: Sequence[str],
+    *,
+    max_rows: int | None = None,
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Raises at once what :func:`evaluate` would say against the rows; the arguments are its own.
+
+    Raises:
+        UsageError: an unknown metric. DataError: no rows, a row without an answer, or a reference that a metric cannot
+            use.
+    """
+    _questions(_sample(rows, max_rows, seed), base, resolve_metrics(metrics), chat_template)
+
+
 # --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def _questions(rows: Rows, base: Base, metrics: Sequence[Metric], chat_template: str | None) -> list[_Question]:
+    texts = any(metric.score is not None for metric in metrics)
+    questions = [_question(row, base, chat_template, texts) for row in rows.conversations]
+    _check_references(metrics, questions)
+    return questions
 
 
 def _sample(rows: Rows, max_rows: int | None, seed: int) -> Rows:

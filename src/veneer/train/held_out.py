@@ -16,10 +16,11 @@ from veneer.data.conversation import Conversation, Rows
 from veneer.data.dataset import TokenDataset
 from veneer.data.prompts import render_prompt, stop_token_ids
 from veneer.errors import DataError, TrainError
-from veneer.evaluate import evaluate
+from veneer.evaluate import check_rows, evaluate
 from veneer.files import write_json
 from veneer.generate import generate
 from veneer.models import Base
+from veneer.recipe import Recipe
 from veneer.train.distributed import World
 from veneer.train.layout import Layout, deal, micro_batches
 from veneer.train.sft import Objective
@@ -168,15 +169,19 @@ def _last_user(conversation: Conversation) -> str:
     return users[-1] if users else ""
 
 
-def check_metrics(rows: Rows, metrics: Sequence[str]) -> None:
-    """Raises before training begins what the first evaluation would: task metrics need answers.
+def check_metrics(rows: Rows, recipe: Recipe, base: Base) -> None:
+    """Raises before training begins what the first evaluation would: task metrics need answers that they can grade.
 
     Raises:
-        DataError: metrics are asked for, but no held-out row has an assistant turn.
+        DataError: no held-out row has an assistant turn, or a metric cannot use a row's answer.
     """
-    if metrics and not _askable(rows):
+    metrics = recipe.eval.metrics
+    if not metrics:
+        return
+    if not _askable(rows):
         raise DataError(
             "task metrics need an assistant turn to compare with, and the held-out rows have none",
             where=rows.source,
             fix="take eval.metrics out of the recipe, or evaluate on chat rows",
         )
+    check_rows(base, rows, metrics, max_rows=recipe.eval.max_rows, chat_template=recipe.data.chat_template)

@@ -26,6 +26,7 @@ from torch import nn
 
 from veneer.data.dataset import TokenDataset
 from veneer.data.pack import Batch
+from veneer.errors import TrainError
 from veneer.runtime import rng_state
 from veneer.train.checkpoint import newest_checkpoint, rotate, save_checkpoint
 from veneer.train.distributed import World
@@ -102,6 +103,7 @@ def train_loop(t: Trainer) -> bool:
 
     Raises:
         TrainError: a guard stopped the run before the step was taken.
+        Exception: what an evaluation raised; the steps before it are in a checkpoint.
         StorageError: a checkpoint could not be written; the earlier ones are whole.
     """
     state, plan = t.state, t.plan
@@ -119,6 +121,12 @@ def train_loop(t: Trainer) -> bool:
                     unsaved = True
                 except EvaluationInterrupted:  # it stays due: a resumed run begins with it
                     stopping = True
+                except TrainError:
+                    raise  # the weights themselves are at fault
+                except Exception:
+                    if state.step and t.world.size == 1:  # others may not have failed: they would wait for ever
+                        checkpoint_step(t)  # what was trained is not lost with what went wrong in judging it
+                    raise
             finished = stopping or state.early_stopped or state.step >= plan.total_steps
             if unsaved and (improved or finished or (state.step > 0 and state.step % plan.save_steps == 0)):
                 checkpoint_step(t)

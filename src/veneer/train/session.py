@@ -220,7 +220,7 @@ class Session:
         if self.held_out_rows is None:
             return None
         if self.classes is None:
-            check_metrics(self.held_out_rows, self.recipe.eval.metrics)
+            check_metrics(self.held_out_rows, self.recipe, self.base)
         return HeldOut(
             dataset=self._rendered(self.held_out_rows),
             rows=self.held_out_rows,
