@@ -9,6 +9,8 @@ import tiny_models
 from torch import nn
 
 from veneer.adapters import LoraConfig, attach, resolve
+from veneer.adapters.slots import base_modules
+from veneer.adapters.structure import left_out
 from veneer.errors import AdapterError
 
 QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -34,6 +36,7 @@ CHOSEN = {
     "qwen2-moe": QKVO | GATED | {"shared_expert_gate"},
     "qwen3-moe": QKVO,
     "deepseek-v3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | GATED,
+    "phimoe": QKVO,
     "gpt-oss": QKVO,
     "jamba": QKVO | GATED | MAMBA1,
     "zamba2": QKVO | MAMBA2 | {"gate_up_proj", "down_proj", "linear", "0", "1"},
@@ -65,6 +68,14 @@ def test_all_linear_chooses_every_projection_of_the_architecture(name):
     assert {last(path) for path in chosen(tiny_models.ALL[name]())} == CHOSEN[name]
 
 
+def test_a_linear_that_gives_more_than_a_product_is_left_out_with_the_reason_and_refused_by_name():
+    module = tiny_models.ALL["phimoe"]()
+    parts = left_out(base_modules(module))
+    assert parts["model.layers.0.mlp.router"].why == "a router that multiplies by itself (PhimoeTopKRouter)"
+    with pytest.raises(AdapterError, match="router"):
+        chosen(module, target_modules=["router"])
+
+
 @pytest.mark.parametrize("name", tiny_models.ALL)
 def test_no_head_convolution_or_expert_is_chosen_and_all_other_linears_of_the_language_model_are(name):
     module = tiny_models.ALL[name]()
@@ -73,6 +84,7 @@ def test_no_head_convolution_or_expert_is_chosen_and_all_other_linears_of_the_la
     other_towers = re.compile(r"model\.(vision|visual|multi_modal|connector)")
     linears = {path for path, part in module.named_modules() if isinstance(part, nn.Linear)}
     linears |= {path for path, part in module.named_modules() if type(part).__name__ == "Conv1D"}
+    linears -= {path for path, part in module.named_modules() if type(part).__name__ == "PhimoeTopKRouter"}
     assert paths == {path for path in linears if path not in heads and not other_towers.match(path)}
 
 

@@ -83,6 +83,7 @@ MOE = {
         v_head_dim=8,
         num_key_value_heads=4,
     ),
+    "phimoe": _text("Phimoe", num_local_experts=4),
     "gpt-oss": _text("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8),
 }
 

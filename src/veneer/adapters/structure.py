@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from veneer.adapters.slots import SLOTS, base_modules
@@ -54,10 +55,23 @@ def kind_of(module: nn.Module) -> Kind | None:
         known = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
         return "embedding" if known else None
     if isinstance(module, nn.Linear | QuantizedLinear):
-        return "linear" if tuple(weight.shape) == (module.out_features, module.in_features) else None
+        is_whole = tuple(weight.shape) == (module.out_features, module.in_features)
+        return "linear" if is_whole and _gives_a_product(module) else None
     # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
     is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]
     return "conv1d" if is_conv1d else None
+
+
+@torch.no_grad()
+def _gives_a_product(linear: nn.Linear | QuantizedLinear) -> bool:
+    """Whether calling it gives ``[..., out]``: a subclass may give more (the router of Phi-3.5-MoE does)."""
+    if isinstance(linear, QuantizedLinear) or type(linear).forward is nn.Linear.forward:
+        return True
+    try:
+        found: Any = linear(linear.weight.new_zeros(1, linear.in_features))
+    except (RuntimeError, TypeError, ValueError):
+        return True  # it says nothing about what it gives
+    return isinstance(found, torch.Tensor) and tuple(found.shape) == (1, linear.out_features)
 
 
 def is_product(module: nn.Module) -> bool:
