@@ -197,7 +197,7 @@ def test_all_linear_is_written_as_names_that_mean_the_same_to_peft(llama, gpt2, 
 
     module = torch.nn.ModuleDict({"a": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())})
     module["b"] = torch.nn.Sequential(torch.nn.Embedding(4, 2))
-    assert written(module)["target_modules"] == ["a.0"]  # '0' would also name the embedding
+    assert written(module, r=2)["target_modules"] == ["a.0"]  # '0' would also name the embedding
 
 
 def test_a_peft_model_is_not_attached_to(llama):

@@ -256,6 +256,14 @@ def test_the_rank_of_the_file_is_said(llama: Make) -> None:
     assert "rank 8" in adapted.notes["default"]
 
 
+def test_a_rank_larger_than_every_matrix_is_refused_for_all_linear(llama: Make) -> None:
+    module = llama()
+    largest = max(min(part.weight.shape) for part in module.model.modules() if isinstance(part, nn.Linear))
+    attach(llama(), LoraConfig(r=largest, target_modules="all-linear"))
+    with pytest.raises(AdapterError, match=rf"rank {largest + 1} is larger than every matrix of the model"):
+        attach(module, LoraConfig(r=largest + 1, target_modules="all-linear"))
+
+
 def test_a_rank_larger_than_the_matrix_is_refused_before_anything_changes(llama: Make) -> None:
     module = llama()
     before = copy.deepcopy(module.state_dict())

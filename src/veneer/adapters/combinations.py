@@ -70,6 +70,13 @@ def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) 
     Raises:
         AdapterError: names the module, the reason and the way out.
     """
+    from veneer.adapters.config import ALL_LINEAR  # which imports this module
+
+    shapes = [tuple(modules[target.path].weight.shape) for target in plan.lora]  # type: ignore[arg-type]  # matrices
+    most = max(map(min, shapes), default=config.r)
+    if config.target_modules == ALL_LINEAR and config.r > most:  # a few smaller ones, routers, get what they can have
+        what = f"rank {config.r} is larger than every matrix of the model: no update of them has more than {most}"
+        raise AdapterError(what, where="LoraConfig.r", fix=f"give r: {most} or less; 8 to 64 is usual")
     for target in plan.lora:
         layer: Any = modules[target.path]
         smaller = min(layer.weight.shape)
