@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import random
 import resource
@@ -107,6 +109,32 @@ def set_rng_state(state: dict[str, Any]) -> None:
     for key, value in state.items():
         if key.startswith("cuda.") and torch.cuda.is_available():
             torch.cuda.set_rng_state(value, int(key.removeprefix("cuda.")))
+
+
+# glibc's; other libraries give back by themselves, or not at all.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+
+def trim_heap() -> None:
+    """Gives freed memory, which the C library keeps for itself in pieces, back to the system."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def release_memory() -> None:
+    """Drops what only circles hold, and gives it back to the system."""
+    gc.collect()
+    trim_heap()
+
+
+def keep_few_products() -> None:
+    """Lets oneDNN keep the code of 256 matrix products instead of 1,024, where the environment does not say.
+
+    It makes code for every shape, a third of a megabyte of it. Packed rows hardly ever have the lengths of an earlier
+    step, so that most of what it keeps is never used again; one step needs less than 200. To be called before the first
+    product of the process, which reads the setting.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def peak_rss_gb() -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import veneer.demo.run
-from veneer.demo import demo_table, generate_rows, run_demo
+from veneer.demo import demo_table, generate_rows, run_demo, write_demo_data
 from veneer.demo.run import METRICS, demo_recipe, write_data
 from veneer.errors import RecipeError, TrainError
 
@@ -110,6 +110,20 @@ def test_a_demo_never_replaces_another_run(one_step: dict[str, Any], tmp_path: P
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(TrainError, match="holds a run already"):
         run_demo(tmp_path, **one_step)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_rows_alone_are_those_that_the_demo_writes(one_step: dict[str, Any], tmp_path: Path) -> None:
+    paths = write_demo_data(tmp_path / "run")
+    assert {path.parent for path in paths.values()} == {tmp_path / "run" / "data"}
+    assert [len(path.read_text().splitlines()) for path in paths.values()] == [1200, 40, 200]
+    assert run_demo(tmp_path / "run", **one_step)["heldout_rows"] == 1  # no --overwrite is asked for
+
+
+def test_the_rows_are_not_written_into_another_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TrainError, match="holds a run already"):
+        write_demo_data(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

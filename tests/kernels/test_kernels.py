@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.kernels import attention
 from veneer.kernels.attention import document_attention, document_attention_reference
@@ -76,6 +78,24 @@ class TestLoraLinear:
 
         assert_same_as_reference(lambda x, A, B, *g: lora_linear(x, weight, bias, A, B, 1.5, *g), plain, *inputs)
 
+    @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 24), (torch.float32, 17)])
+    def test_in_16_bits_every_product_is_of_a_whole_rank(self, dtype: torch.dtype, width: int) -> None:
+        seen: set[int] = set()
+
+        class Shapes(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if "mm" in func.__name__:
+                    seen.update(size for t in args if isinstance(t, Tensor) for size in t.shape)
+                return func(*args, **(kwargs or {}))
+
+        x, A, B = randn(50, 40, grad=True, dtype=dtype), randn(17, 40, grad=True), randn(33, 17, grad=True)
+        with Shapes():
+            lora_linear(x, randn(33, 40, dtype=dtype), None, A, B, 1.5).sum().backward()
+        assert seen == {50, 40, 33, width}
+        for factor in (A, B):
+            assert factor.grad is not None
+            assert factor.grad.shape == factor.shape
+
     def test_a_row_scale_near_one_keeps_its_digits_in_bfloat16(self) -> None:
         x, weight = randn(4, 8, dtype=torch.bfloat16), randn(6, 8, dtype=torch.bfloat16)
         zeros, g = (torch.zeros(1, 8), torch.zeros(6, 1)), torch.full((6,), 1.0 + 2**-6 + 2**-9)  # bfloat16: 1 + 2^-6
@@ -113,7 +133,7 @@ class TestLoraLinear:
     def test_saves_the_input_once_in_its_own_dtype_and_nothing_else_of_its_size(self) -> None:
         saved: list[Tensor] = []
         x, weight = randn(64, 128, grad=True, dtype=torch.bfloat16), randn(96, 128, dtype=torch.bfloat16)
-        A, B = randn(4, 128, grad=True, dtype=torch.float32), randn(96, 4, grad=True, dtype=torch.float32)
+        A, B = randn(8, 128, grad=True, dtype=torch.float32), randn(96, 8, grad=True, dtype=torch.float32)
 
         def pack(tensor: Tensor) -> Tensor:
             saved.append(tensor)
@@ -122,7 +142,7 @@ class TestLoraLinear:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             lora_linear(x, weight, None, A, B, 1.0)
         rows = [t for t in saved if t.dim() == 2 and t.shape[0] == 64]
-        assert sorted(t.shape[1] for t in rows) == [4, 128]
+        assert sorted(t.shape[1] for t in rows) == [8, 128]
         assert all(t.dtype == torch.bfloat16 for t in rows)
 
 

@@ -10,13 +10,14 @@ _WHERE = {
     "demo_table": "veneer.demo.table",
     "generate_rows": "veneer.demo.generator",
     "run_demo": "veneer.demo.run",
+    "write_demo_data": "veneer.demo.run",
 }
 
-__all__ = ["demo_table", "generate_rows", "run_demo"]
+__all__ = ["demo_table", "generate_rows", "run_demo", "write_demo_data"]
 
 if TYPE_CHECKING:
     from veneer.demo.generator import generate_rows
-    from veneer.demo.run import run_demo
+    from veneer.demo.run import run_demo, write_demo_data
     from veneer.demo.table import demo_table
 
 lazy_names(__name__, _WHERE)

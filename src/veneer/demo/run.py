@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.demo.generator import generate_rows
 from veneer.files import write_json, write_text
 from veneer.recipe import Recipe, load_recipe
+from veneer.run import RunFolder
 
 if TYPE_CHECKING:
     from veneer.train.progress import Progress
@@ -46,6 +47,30 @@ def write_data(
         paths[name] = folder / f"{name}.jsonl"
         write_text(paths[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths
+
+
+def check_folder(folder: RunFolder) -> bool:
+    """Whether a demo's rows are there already.
+
+    Raises:
+        TrainError: the folder holds a run that is not a demo.
+    """
+    from veneer.train.record import check_output
+
+    demo_before = (folder.path / "data" / "heldout.jsonl").exists()
+    check_output(folder, resume=False, overwrite=demo_before)
+    return demo_before
+
+
+def write_demo_data(output_dir: str | Path = "runs/demo") -> dict[str, Path]:
+    """Writes the demo's rows where :func:`run_demo` would, and nothing else.
+
+    Raises:
+        TrainError: ``output_dir`` holds a run that is not a demo.
+    """
+    folder = RunFolder(Path(output_dir).expanduser().absolute())
+    check_folder(folder)
+    return write_data(folder.path / "data")
 
 
 def demo_recipe(output_dir: Path, data: dict[str, Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -90,16 +115,13 @@ def run_demo(
         KeyboardInterrupt: the training was interrupted.
     """
     from veneer.evaluate import evaluate, write_report
-    from veneer.run import RunFolder
     from veneer.runtime import peak_rss_gb
     from veneer.train import train_recipe
-    from veneer.train.record import check_output
 
     folder = RunFolder(Path(output_dir).expanduser().absolute())
     counts = {"train_rows": train_rows, "validation_rows": validation_rows, "heldout_rows": heldout_rows}
     began = time.perf_counter()
-    demo_before = (folder.path / "data" / "heldout.jsonl").exists()
-    check_output(folder, resume=False, overwrite=demo_before)
+    demo_before = check_folder(folder)
     (folder.path / "demo.json").unlink(missing_ok=True)
     data = write_data(folder.path / "data", seed=seed, **counts)
     recipe = demo_recipe(folder.path, data, overrides)

@@ -26,6 +26,7 @@ from veneer.kernels.lora_linear import (
     low_rank_grads,
     row_scale_grads,
     scale_rows,
+    whole_rank,
 )
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -45,6 +46,10 @@ class LowRankLinear:
     @property
     def frozen(self) -> bool:
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Weight | None, ...]:
+        """``weight, bias, A, B, row_scale`` for products in a dtype."""
+        return self.weight, self.bias, *whole_rank(self.A, self.B, dtype), self.row_scale
 
 
 def activation(name: str, e: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
     """
     if not (gate.frozen and up.frozen and down.frozen):
         return gated_mlp_reference(x, gate, up, down, act)
-    flat = [t for p in (gate, up, down) for t in (p.weight, p.bias, p.A, p.B, p.row_scale)]
+    flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
     result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 

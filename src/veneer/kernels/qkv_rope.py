@@ -55,7 +55,7 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
     """
     if not (q.frozen and k.frozen and v.frozen):
         return qkv_rope_reference(x, q, k, v, cos, sin)
-    flat = [t for p in (q, k, v) for t in (p.weight, p.bias, p.A, p.B, p.row_scale)]
+    flat = [t for p in (q, k, v) for t in p.operands(x.dtype)]
     result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 

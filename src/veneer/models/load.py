@@ -36,7 +36,7 @@ from veneer.models.source import find
 from veneer.models.strict import check_finite, load_module, quiet, shortlist
 from veneer.models.vocabulary import add_tokens
 from veneer.quant import QuantConfig
-from veneer.runtime import resolve_device, resolve_dtype
+from veneer.runtime import keep_few_products, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -128,6 +128,7 @@ def load_base(
             ``skip`` that matches nothing.
         StorageError: a converted model cannot be written to the cache folder.
     """
+    keep_few_products()
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
     wanted = chosen_config(quantize, where, skip)

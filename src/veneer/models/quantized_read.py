@@ -7,10 +7,8 @@ JSON with each tensor's dtype, shape and place, then the data.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ModelError
+from veneer.runtime import trim_heap
 
 _DTYPES = {
     "F64": torch.float64,
@@ -85,8 +84,6 @@ class Heap:
     _EVERY = 4_000_000  # bytes read between two times, each of which takes some milliseconds
 
     def __init__(self) -> None:
-        # glibc's; others give back by themselves, or not at all.
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
         self._read = 0
 
     def before(self, nbytes: int) -> None:
@@ -96,8 +93,7 @@ class Heap:
             self.give_back()
 
     def give_back(self) -> None:
-        if self._trim is not None:
-            self._trim(0)
+        trim_heap()
         self._read = 0
 
 

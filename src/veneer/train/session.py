@@ -26,7 +26,7 @@ from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
-from veneer.runtime import hardware, peak_rss_gb, set_rng_state
+from veneer.runtime import hardware, peak_rss_gb, release_memory, set_rng_state
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
     check_classifier,
@@ -149,6 +149,7 @@ class Session:
                 evaluate=self._evaluate if self.held_out is not None else None,
                 micro_batches=micro_batches if self.classes is None else class_micro_batches,
             )
+            release_memory()  # a start from data or from the weights has taken more than a step will
             self.progress.start(self.plan.total_steps, state.step, self.folder.path.name)
             try:
                 with stop.listening():
