@@ -9,10 +9,9 @@ Names: ``S`` seeds, ``N`` held-out rows, ``T`` steps.
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -250,7 +249,6 @@ def seeds_of(records: Sequence[Record]) -> list[int]:
     return [int(record["seed"]) for record in records]
 
 
-def mean_of(records: Sequence[Record], key: str) -> float:
-    """The mean of a single figure over the seeds."""
-    values: list[Any] = [record[key] for record in records]
-    return math.fsum(values) / len(values)
+def median_of(records: Sequence[Record], key: str) -> float:
+    """The median of a single figure over the seeds: one run beside other work does not move it."""
+    return statistics.median(float(record[key]) for record in records)

@@ -18,7 +18,7 @@ from benchmarks.variants_figures import (
     curve,
     drift,
     exact_match,
-    mean_of,
+    median_of,
     perplexity,
     rank_rates,
     seeds_of,
@@ -174,10 +174,10 @@ def _sizes(found: Findings) -> list[str]:
         parts.append(table(titles, rows))
     parts.append(
         paragraph(
-            "Means over the seeds (speed: of each run's median step), of runs at different times: small differences of "
-            "speed are the machine's. Peak memory is that of the whole process, initialisation and all. The seconds to "
-            "the first step are those from the loaded base on: initialisation, rendering of the rows, checks. MB and "
-            "GB are 10^6 and 10^9 bytes."
+            "Medians over the seeds (speed: of each run's median step), of runs at different times: small differences "
+            "of speed are the machine's. Peak memory is that of the whole process, initialisation and all. The seconds "
+            "to the first step are those from the loaded base on: initialisation, rendering of the rows, checks. MB "
+            "and GB are 10^6 and 10^9 bytes."
         )
     )
     if found.costs:
@@ -196,11 +196,11 @@ def _sizes(found: Findings) -> list[str]:
 def _size(outcome: Outcome) -> list[str]:
     records = outcome.records
     return [
-        f"{mean_of(records, 'tokens_per_second'):,.0f}",
-        f"{mean_of(records, 'peak_gb'):.2f}",
-        f"{mean_of(records, 'init_seconds'):.1f}",
+        f"{median_of(records, 'tokens_per_second'):,.0f}",
+        f"{median_of(records, 'peak_gb'):.2f}",
+        f"{median_of(records, 'init_seconds'):.1f}",
         f"{records[0]['trained_parameters']:,}",
-        f"{mean_of(records, 'adapter_mb'):.1f}",
+        f"{median_of(records, 'adapter_mb'):.1f}",
     ]
 
 
