@@ -71,13 +71,13 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
-    """Builds a random model of ``shape`` and trains it for a step.
+    """Builds a random model of ``shape`` and trains it for a step, on PyTorch's operations, as a GPU would.
 
     Args:
         run: 4 bits are NF4.
     """
     from veneer.adapters import LoraConfig, LoraLinear, attach
-    from veneer.kernels import attention
+    from veneer.kernels import attention, native
     from veneer.models import fuse
     from veneer.models.head import hidden_states
     from veneer.train.optimizer import FlatAdamW
@@ -97,7 +97,7 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     def loss() -> Tensor:
         return sft(model, batch).loss_sum
 
-    with gradient_checkpointing(model, run.checkpointing):
+    with native.left_out(), gradient_checkpointing(model, run.checkpointing):
         attention._mask.cache_clear()  # else the masks of an earlier measurement would not be counted
         with LiveBytes() as forward:
             states = hidden_states(model, batch)

@@ -45,6 +45,7 @@ NEIGHBOURS = {
     ("runtime", "errors"),
     ("kernels", "errors"),
     ("kernels", "runtime"),
+    ("kernels", "files"),  # the native code lies in the cache folder
     ("run", "recipe"),  # opening a run folder reads its recipe
     ("ship", "evaluate"),  # what a smaller rank costs is measured on held-out rows
     ("cli", "demo"),  # the `demo` command calls run_demo

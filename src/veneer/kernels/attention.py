@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
+
 TILE = 256
 
 
@@ -128,13 +130,18 @@ def _mask(rows: int, keys: int, groups: int, window: int | None, dtype: torch.dt
 
 
 def _weights(
-    q: Tensor, k: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, rows: int, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """``(P [K, G * rows, keys], tanh of the cap or None)`` for ``q [K, G * rows, D]`` and ``k [K, keys, D]``.
 
     With sinks the rows of ``P`` sum to less than one, and its gradient keeps its form: a sink has no value.
     """
-    tanh = None
+    keys, tanh = k.shape[1], None
+    if softcap is None and sinks is None and scaling > 0 and native.can_take(q):
+        scores = torch.bmm(q, k.transpose(1, 2))
+        native.call("softmax", scores, len(q) * q.shape[1], keys, rows, window or 0, scaling)
+        return scores, None
+    mask = _mask(rows, keys, q.shape[1] // rows, window, q.dtype, q.device)
     if softcap is None:
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
     else:
@@ -145,6 +152,15 @@ def _weights(
     heads = sinks.to(q.dtype).view(len(q), -1, 1).expand(-1, -1, q.shape[1] * len(q) // len(sinks))
     scores = torch.cat((scores, heads.reshape(*q.shape[:2], 1)), -1)
     return torch.softmax(scores, -1)[..., :-1].contiguous(), tanh
+
+
+def _softmax_grad(dweights: Tensor, weights: Tensor, scaling: float) -> Tensor:
+    """``scaling * P (dP - rowsum(P dP))``, perhaps in the place of ``dP``."""
+    if native.can_take(dweights, weights):
+        native.call("softmax_back", dweights, weights, weights.numel() // weights.shape[-1], weights.shape[-1], scaling)
+        return dweights
+    ds: Tensor = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+    return ds.mul_(scaling)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -167,8 +183,7 @@ class _DocumentAttention(torch.autograd.Function):
         for row, end, first, shared in _tiles(lengths, window, prefix):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
-            mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
-            weights, _ = _weights(qt, kt, mask, scaling, softcap, sinks)
+            weights, _ = _weights(qt, kt, end - row, scaling, window, softcap, sinks)
             out[:, row:end] = torch.bmm(weights, vt).view(heads, end - row, -1)
         ctx.save_for_backward(q, k, v, sinks)
         ctx.arguments = (lengths, scaling, window, softcap, prefix)
@@ -188,11 +203,10 @@ class _DocumentAttention(torch.autograd.Function):
             rows = groups * (end - row)
             qt, dot = (t[:, row:end].reshape(len(k), rows, t.shape[2]) for t in (q, dout))
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
-            mask = _mask(end - row, kt.shape[1], groups, window, q.dtype, q.device)
-            weights, tanh = _weights(qt, kt, mask, scaling, softcap, sinks)
+            weights, tanh = _weights(qt, kt, end - row, scaling, window, softcap, sinks)
             _add_keys(dv, torch.bmm(weights.transpose(1, 2), dot), first, end, shared)
             dweights = torch.bmm(dot, vt.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scaling)
+            ds = _softmax_grad(dweights, weights, scaling)
             if tanh is not None:
                 ds.mul_(1 - tanh.square_())
             dq[:, row:end] = torch.bmm(ds, kt).view(heads, end - row, size)

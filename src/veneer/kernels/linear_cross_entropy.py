@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
+
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20
 
@@ -101,7 +103,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(rows), step):
             part, label = rows[start : start + step], labels[start : start + step, None]
-            z = _cap(torch.nn.functional.linear(part, weight, bias), softcap, logit_scale)
+            logits = torch.nn.functional.linear(part, weight, bias)
+            if softcap is None and native.can_take(logits):  # the logits become their gradient in place
+                chunk = slice(start, start + step)
+                outputs = nll[chunk], correct[chunk]
+                native.call("cross_entropy", logits, label, *outputs, *logits.shape, logit_scale, int(wants_grad))
+                if grad is not None:
+                    torch.mm(logits, weight, out=grad[chunk])
+                continue
+            z = _cap(logits, softcap, logit_scale)
+            del logits
             slope = None
             if softcap is not None and wants_grad:
                 slope = 1 - (z / softcap).square_()

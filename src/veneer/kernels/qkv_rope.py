@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
 from veneer.kernels.frozen import add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.lora_linear import lora_linear_reference, row_scale_grads, scale_rows
@@ -62,6 +63,10 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
 
 def _turn(u: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """``R u`` of ``u [heads, T, D]`` into ``out``; ``back`` turns by the opposite angle, which is the gradient."""
+    if native.can_take(cos, sin) and u.dtype == cos.dtype and u.stride(-1) == out.stride(-1) == 1:
+        strides = (*u.stride()[:2], *out.stride()[:2])
+        native.call("turn", u, out, cos, sin, *u.shape, *strides, -1.0 if back else 1.0)
+        return out
     half = cos.shape[-1] // 2
     (u1, u2), (o1, o2), s = u.chunk(2, -1), out.chunk(2, -1), sin[:, :half]
     torch.mul(u, cos, out=out)  # each product is rounded before the sum, as in transformers: the same bits

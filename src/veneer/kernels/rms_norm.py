@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The operation in plain PyTorch, as Llama's own code writes it: the cast back comes before the weight."""
@@ -40,6 +42,11 @@ def _wide(x: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if native.can_take(x, weight):
+            out, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            native.call("rms_norm", x, weight, out, rstd, rstd.numel(), x.shape[-1], eps)
+            ctx.save_for_backward(x, rstd, weight)
+            return out
         xf = _wide(x)
         # One pass for the squares: a norm per row instead of pow, mean and their temporaries.
         rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -52,6 +59,10 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
+        if native.can_take(dy, x, weight):
+            dx = torch.empty_like(x)
+            native.call("rms_norm_back", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1])
+            return dx, None, None
         g = _wide(dy * weight)
         xhat = _wide(x) * rstd
         mean = (g * xhat).mean(-1, keepdim=True)

@@ -21,6 +21,7 @@ from veneer.data.show import show_html
 from veneer.errors import VeneerError
 from veneer.evaluate.report import write_report
 from veneer.files import storage_errors, write_text
+from veneer.kernels import native
 from veneer.models import Base
 from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
@@ -282,6 +283,8 @@ class Session:
             f"{self.plan.rows_per_step} rows a step, {self.plan.steps_per_epoch} steps an epoch, "
             f"{self.adapted.trainable_count():,} trained parameters"
         )
+        if self.base.device.type == "cpu" and native.library() is None:
+            self.progress.message(native.description())
         return warnings
 
     def _info(self, warnings: list[str]) -> RunInfo:
@@ -312,6 +315,7 @@ class Session:
                 **hardware(),
                 "device": str(self.base.device),
                 "dtype": str(self.base.dtype).removeprefix("torch."),
+                **({"kernels": native.description()} if self.base.device.type == "cpu" else {}),
             },
             extra={
                 "trainable_parameters": self.adapted.trainable_count(),

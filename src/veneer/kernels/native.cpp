@@ -1,0 +1,231 @@
+// What lies between the products of a step on a CPU, each in one pass over its rows. Plain C++: the compiler makes the
+// vectors. The formulas, and the plain PyTorch that each must agree with, are in the .py file of the operation.
+//
+// Every function computes in float32 and rounds where PyTorch's separate operations would have rounded, so that a model
+// gives the numbers that it gives without this file. It is compiled without contraction: a * b + c is two roundings,
+// but for fma_.
+
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#include <type_traits>
+
+using i64 = std::int64_t;
+
+struct bf16 {
+    std::uint16_t bits;
+};
+
+static inline float get(float x) { return x; }
+static inline float get(bf16 x) {
+    std::uint32_t bits = std::uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+static inline void put(float& to, float x) { to = x; }
+static inline void put(bf16& to, float x) {  // to nearest, ties to even; a NaN stays one
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to.bits = std::uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+template <class T>
+static inline float rounded(float x) {
+    T t;
+    put(t, x);
+    return get(t);
+}
+
+static inline float fma_(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+template <class T>  // what a sum over a row is taken in: no less exact than PyTorch's
+using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
+
+// exp to about one unit in the last place of float32 (Cephes' polynomial); below -87 it stays at exp(-87).
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = fma_(x, 1.44269504f, 12582912.0f) - 12582912.0f;  // to the nearest whole number
+    float r = fma_(n, 2.12194440e-4f, fma_(n, -0.693359375f, x));
+    float p = 1.9875691500e-4f;
+    p = fma_(p, r, 1.3981999507e-3f);
+    p = fma_(p, r, 8.3334519073e-3f);
+    p = fma_(p, r, 4.1665795894e-2f);
+    p = fma_(p, r, 1.6666665459e-1f);
+    p = fma_(p, r, 5.0000001201e-1f);
+    p = fma_(p, r * r, r) + 1.0f;
+    std::int32_t power = (std::int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+// ---- cross entropy of rows of logits -------------------------------------------------------------------------------
+
+template <class T>
+static void cross_entropy(T* z, const i64* labels, float* nll, std::uint8_t* correct, i64 rows, i64 width, float scale,
+                          i64 grad, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rows; i++) {
+        T* row = z + i * width;
+        float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (i64 j = 0; j < width; j++) {
+            float x = scale * get(row[j]);
+            top = x > top ? x : top;
+        }
+        Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < width; j++) sum += exp_(scale * get(row[j]) - top);
+        float own = scale * get(row[labels[i]]);
+        nll[i] = float(std::log(sum)) + (top - own);
+        correct[i] = own == top;
+        if (!grad) continue;
+        float share = float(exp_(own - top) / sum) - 1.0f, each = float(1 / sum);
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) put(row[j], scale * (exp_(scale * get(row[j]) - top) * each));
+        put(row[labels[i]], scale * share);
+    }
+}
+
+// ---- root-mean-square norm -----------------------------------------------------------------------------------------
+
+template <class T>
+static void rms_norm(const T* x, const T* w, T* y, float* rstd, i64 rows, i64 width, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rows; i++) {
+        const T* in = x + i * width;
+        T* out = y + i * width;
+        Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < width; j++) sum += Sum<T>(get(in[j])) * get(in[j]);
+        float r = float(1 / std::sqrt(sum / width + eps));
+        rstd[i] = r;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) put(out[j], rounded<T>(get(in[j]) * r) * get(w[j]));
+    }
+}
+
+template <class T>
+static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd, T* dx, i64 rows, i64 width,
+                          int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rows; i++) {
+        const T *up = dy + i * width, *in = x + i * width;
+        T* out = dx + i * width;
+        Sum<T> sum = 0;
+        float r = rstd[i];
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < width; j++) sum += Sum<T>(get(up[j]) * get(w[j])) * (get(in[j]) * r);
+        float mean = float(sum / width);
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) put(out[j], r * (get(up[j]) * get(w[j]) - get(in[j]) * r * mean));
+    }
+}
+
+// ---- rotation of heads ---------------------------------------------------------------------------------------------
+
+// out[h, t] = R(t) in[h, t], or its inverse; both with strides of their own, in elements, and whole heads in a row.
+template <class T>
+static void turn(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size, i64 in_head, i64 in_row,
+                 i64 out_head, i64 out_row, float sign, int threads) {
+    i64 half = size / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 t = 0; t < rows; t++) {
+        const T *c = cos + t * size, *s = sin + t * size;
+        for (i64 h = 0; h < heads; h++) {
+            const T* u = in + h * in_head + t * in_row;
+            T* o = out + h * out_head + t * out_row;
+#pragma omp simd
+            for (i64 j = 0; j < half; j++) {
+                float a = get(u[j]), b = get(u[half + j]), k = sign * get(s[j]);
+                put(o[j], rounded<T>(a * get(c[j])) - rounded<T>(b * k));
+                put(o[half + j], rounded<T>(b * get(c[half + j])) + rounded<T>(a * k));
+            }
+        }
+    }
+}
+
+// x / sum: near 1 the last bit counts, since the gradient takes the difference; in 16 bits a product is near enough.
+template <class T>
+static inline float share(float x, float sum, float each) {
+    return sizeof(T) == 2 ? x * each : x / sum;
+}
+
+// ---- causal softmax of a tile of scores ----------------------------------------------------------------------------
+
+// scores [rows, keys] in place; row i stands at position i % tile of the tile, whose last is at the last key.
+template <class T>
+static void softmax(T* scores, i64 rows, i64 keys, i64 tile, i64 window, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rows; i++) {
+        T* row = scores + i * keys;
+        i64 end = keys - tile + i % tile + 1;
+        i64 begin = window > 0 && end > window ? end - window : 0;
+        float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (i64 j = begin; j < end; j++) {
+            float x = get(row[j]);
+            top = x > top ? x : top;
+        }
+        Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = begin; j < end; j++) sum += exp_(scale * (get(row[j]) - top));
+        float total = float(sum), each = 1.0f / total;
+        for (i64 j = 0; j < begin; j++) put(row[j], 0.0f);
+#pragma omp simd
+        for (i64 j = begin; j < end; j++) put(row[j], share<T>(exp_(scale * (get(row[j]) - top)), total, each));
+        for (i64 j = end; j < keys; j++) put(row[j], 0.0f);
+    }
+}
+
+// dP becomes scale * P * (dP - rowsum(P * dP)) in place.
+template <class T>
+static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rows; i++) {
+        T* d = dp + i * keys;
+        const T* w = p + i * keys;
+        Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < keys; j++) sum += Sum<T>(get(w[j])) * get(d[j]);
+        float mean = float(sum);
+#pragma omp simd
+        for (i64 j = 0; j < keys; j++) put(d[j], scale * (get(w[j]) * (get(d[j]) - mean)));
+    }
+}
+
+#define EACH(T, suffix)                                                                                                \
+    extern "C" void cross_entropy_##suffix(T* z, const i64* labels, float* nll, std::uint8_t* correct, i64 rows,       \
+                                           i64 width, float scale, i64 grad, int threads) {                            \
+        cross_entropy<T>(z, labels, nll, correct, rows, width, scale, grad, threads);                                  \
+    }                                                                                                                  \
+    extern "C" void rms_norm_##suffix(const T* x, const T* w, T* y, float* rstd, i64 rows, i64 width, float eps,       \
+                                      int threads) {                                                                   \
+        rms_norm<T>(x, w, y, rstd, rows, width, eps, threads);                                                         \
+    }                                                                                                                  \
+    extern "C" void rms_norm_back_##suffix(const T* dy, const T* x, const T* w, const float* rstd, T* dx, i64 rows,    \
+                                           i64 width, int threads) {                                                   \
+        rms_norm_back<T>(dy, x, w, rstd, dx, rows, width, threads);                                                    \
+    }                                                                                                                  \
+    extern "C" void turn_##suffix(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size,      \
+                                  i64 in_head, i64 in_row, i64 out_head, i64 out_row, float sign, int threads) {       \
+        turn<T>(in, out, cos, sin, heads, rows, size, in_head, in_row, out_head, out_row, sign, threads);              \
+    }                                                                                                                  \
+    extern "C" void softmax_##suffix(T* scores, i64 rows, i64 keys, i64 tile, i64 window, float scale,      \
+                                     int threads) {                                                                    \
+        softmax<T>(scores, rows, keys, tile, window, scale, threads);                                           \
+    }                                                                                                                  \
+    extern "C" void softmax_back_##suffix(T* dp, const T* p, i64 rows, i64 keys, float scale, int threads) {           \
+        softmax_back<T>(dp, p, rows, keys, scale, threads);                                                            \
+    }
+
+EACH(float, f32)
+EACH(bf16, bf16)

@@ -1,0 +1,146 @@
+"""What ``native.cpp`` holds: compiled once for this processor where there is a C++ compiler, else not there.
+
+The library lies in the cache folder under a name made of its source, the compiler and the processor. Its functions take
+contiguous tensors in float32 or bfloat16 on the CPU, and trust their callers with shapes. ``VENEER_KERNELS=torch`` in
+the environment leaves it out: every operation has its PyTorch code as well, and gives the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from veneer.files import cache_dir
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fopenmp")
+# The object refers to OpenMP without naming a library for it: it takes the one that torch has loaded, and its threads.
+LINK = ("-shared", "-Wl,-z,undefs")
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Missing(Exception):
+    """Why there is no library."""
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether the functions exist and take tensors like these: plain, on the CPU, of one dtype, contiguous."""
+    first = tensors[0]
+    return (
+        first.dtype in _SUFFIXES
+        and all(
+            type(t) in (Tensor, nn.Parameter)
+            and t.device.type == "cpu"
+            and t.dtype == first.dtype
+            and t.is_contiguous()
+            for t in tensors
+        )
+        and library() is not None
+    )
+
+
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Calls a function of the dtype of its first tensor; whole numbers go as int64, others as float32."""
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    function = getattr(library(), f"{name}_{_SUFFIXES[first.dtype]}")
+    function(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _as_c(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def description() -> str:
+    """What the operations run on, in words."""
+    found = _found()
+    return f"PyTorch alone: {found}" if isinstance(found, Missing) else "native code beside PyTorch"
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Inside, operations take their PyTorch code, as they do on any other device."""
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+_wanted = True
+
+
+def library() -> ctypes.CDLL | None:
+    """The library; None where there is none."""
+    found = _found() if _wanted else None
+    return None if isinstance(found, Missing) else found
+
+
+@functools.cache
+def _found() -> ctypes.CDLL | Missing:
+    try:
+        return ctypes.CDLL(str(_built()))
+    except Missing as reason:
+        return reason
+    except OSError as error:  # it cannot be loaded, or the cache folder cannot be written
+        return Missing(str(error))
+
+
+def _built() -> Path:
+    """Where the library lies, compiled if need be.
+
+    Raises:
+        Missing: it is not wanted, or cannot be compiled.
+        OSError: the cache folder cannot be written.
+    """
+    if os.environ.get("VENEER_KERNELS") == "torch":
+        raise Missing("VENEER_KERNELS=torch")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        raise Missing("no C++ compiler")
+    parts = (SOURCE.read_bytes(), *map(str.encode, (*FLAGS, *LINK, _output(compiler, "--version"), _processor())))
+    place = cache_dir() / "kernels" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            made, compiled = Path(folder) / place.name, Path(folder) / "native.o"
+            _output(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
+            _output(compiler, *LINK, str(compiled), "-o", str(made))
+            made.replace(place)  # whole, and the same whoever else makes it
+    return place
+
+
+def _processor() -> str:
+    """The kind of processor and what it can do: code for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _output(*command: str) -> str:
+    """What a command prints.
+
+    Raises:
+        Missing: it fails.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Missing(f"{Path(command[0]).name} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+    return done.stdout

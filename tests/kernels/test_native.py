@@ -1,0 +1,208 @@
+"""The native code: the same numbers as the PyTorch code beside it, and what happens where it cannot be made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels import native
+from veneer.kernels.attention import document_attention
+from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
+from veneer.kernels.qkv_rope import _turn
+from veneer.kernels.rms_norm import rms_norm
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+ROUNDING = {BF16: 1e-2, FLOAT: 2e-6}
+
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.description())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What native code and PyTorch give, tensor by tensor; that the first ran is made sure of."""
+    calls: list[str] = []
+    call = native.call
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "call", lambda name, *rest: (calls.append(name), call(name, *rest)))
+        ours = compute()
+    assert calls
+    with monkeypatch.context() as patch, native.left_out():
+        patch.setattr(native, "call", None)
+        yield from zip(ours, compute(), strict=True)
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.dtype == want.dtype
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    assert error <= tolerance, f"relative error {error:.1e} above {tolerance:.0e}"
+
+
+@needs_native
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+class TestTheSameNumbers:
+    @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 64), (1, 17)])
+    def test_rms_norm(self, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
+        weight = torch.rand(shape[-1]).to(dtype)
+
+        def compute() -> list[Tensor]:
+            leaf = x.clone().requires_grad_()
+            y = rms_norm(leaf, weight, 1e-5)
+            return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+
+        for got, want in both(monkeypatch, compute):
+            assert_near(got, want, ROUNDING[dtype])
+
+    @pytest.mark.parametrize("scale", [1.0, 0.25])
+    @pytest.mark.parametrize(("rows", "words"), [(5, 301), (70, 4099)])
+    def test_cross_entropy(
+        self, dtype: torch.dtype, rows: int, words: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hidden, weight = torch.randn(rows, 16).to(dtype), torch.randn(words, 16).to(dtype)
+        targets = torch.randint(words, (rows,))
+        targets[0] = -100
+        # A row whose target is its first choice, so that `correct` has both values.
+        targets[1] = int((hidden[1].float() @ weight.float().T).argmax())
+
+        def compute() -> list[Tensor]:
+            leaf = hidden.clone().requires_grad_()
+            found: TokenLosses = linear_cross_entropy(leaf, weight, targets, logit_scale=scale)
+            weights = torch.arange(1.0, rows)
+            return [found.nll.detach(), found.correct.float(), *torch.autograd.grad(found.nll @ weights, leaf)]
+
+        for got, want in both(monkeypatch, compute):
+            assert_near(got, want, ROUNDING[dtype])
+
+    def test_rotation_gives_the_same_bits(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        u = torch.randn(11, 3, 10).to(dtype).transpose(0, 1)
+        angle = torch.rand(11, 5).repeat(1, 2)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+        def compute() -> list[Tensor]:
+            there = _turn(u, cos, sin, torch.empty(3, 11, 10, dtype=dtype))
+            back = torch.empty(11, 3, 10, dtype=dtype)
+            _turn(there, cos, sin, back.transpose(0, 1), back=True)
+            return [there, back]
+
+        for got, want in both(monkeypatch, compute):
+            assert torch.equal(got, want) if dtype == BF16 else torch.allclose(got, want, atol=1e-6)
+
+    @pytest.mark.parametrize("window", [None, 1, 5, 400])
+    @pytest.mark.parametrize("prefix", [0, 9])
+    def test_attention(
+        self, dtype: torch.dtype, window: int | None, prefix: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lengths = (9, 300, 1, 40)  # one longer than a tile
+        q, k, v = (torch.randn(heads, sum(lengths), 8).to(dtype) for heads in (4, 2, 2))
+        dout = torch.randn(4, sum(lengths), 8).to(dtype)
+
+        def compute() -> list[Tensor]:
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            out = document_attention(*leaves, lengths, 0.35, window=window, prefix=prefix)
+            return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+        for got, want in both(monkeypatch, compute):
+            assert_near(got, want, 2 * ROUNDING[dtype])
+
+
+@needs_native
+def test_what_is_not_a_number_stays_so() -> None:
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1):  # the last two would round up into an infinity or a zero
+        x = torch.tensor([[bits]], dtype=torch.int32).view(FLOAT).expand(1, 8).contiguous()
+        assert rms_norm(x, torch.ones(8), 1e-5).isnan().all()
+        assert rms_norm(x.to(BF16), torch.ones(8, dtype=BF16), 1e-5).isnan().all()
+    hidden = torch.full((1, 4), math.nan, dtype=BF16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(50, 4).to(BF16), torch.tensor([3])).nll.sum()
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, hidden)[0].isnan().all()
+
+
+@needs_native
+def test_scores_and_logits_far_from_zero_do_not_overflow() -> None:
+    hidden = torch.tensor([[100.0, 0.0]], dtype=BF16)
+    weight = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [2.0, 0.0]], dtype=BF16)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0])).nll.tolist() == [0.0]
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1])).nll.tolist() == [600.0]
+
+
+@needs_native
+def test_only_plain_contiguous_tensors_of_one_dtype_are_taken() -> None:
+    x = torch.randn(4, 6)
+    assert native.can_take(x, torch.nn.Parameter(x))
+    assert not native.can_take(x.T)
+    assert not native.can_take(x, x.to(BF16))
+    assert not native.can_take(x.double())
+    assert not native.can_take(x.to("meta"))
+
+
+class TestWithoutTheLibrary:
+    @pytest.fixture(autouse=True)
+    def _afresh(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("VENEER_KERNELS", raising=False)
+        native._found.cache_clear()
+        yield
+        native._found.cache_clear()
+
+    def works_without(self) -> str:
+        assert native.library() is None
+        assert torch.allclose(rms_norm(torch.ones(2, 8), torch.ones(8), 0.0), torch.ones(2, 8))
+        return native.description()
+
+    def test_it_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VENEER_KERNELS", "torch")
+        assert self.works_without() == "PyTorch alone: VENEER_KERNELS=torch"
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setenv("CXX", "")
+        assert self.works_without() == "PyTorch alone: no C++ compiler"
+
+    def test_a_compiler_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiler = tmp_path / "broken-c++"
+        compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such flag" >&2; exit 1; }\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        assert self.works_without() == "PyTorch alone: broken-c++ failed: no such flag"
+        assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+
+    def test_a_library_that_cannot_be_loaded(self) -> None:
+        made = native._built()
+        made.write_bytes(b"not a library")
+        assert "PyTorch alone: " in self.works_without()
+
+    def test_a_cache_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "cache").write_text("a file is in the way")
+        assert "PyTorch alone: " in self.works_without()
+
+    @needs_native
+    def test_it_is_compiled_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = native._built()
+        written = first.stat().st_mtime_ns
+        ran: list[tuple[str, ...]] = []
+        output = native._output
+        monkeypatch.setattr(native, "_output", lambda *command: (ran.append(command), output(*command))[1])
+        assert native._built() == first
+        assert first.stat().st_mtime_ns == written
+        assert [command[1:] for command in ran] == [("--version",)]
+        assert [path.name for path in first.parent.iterdir()] == [first.name]
+        assert os.access(first, os.R_OK)
