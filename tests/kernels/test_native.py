@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import native
-from veneer.kernels.attention import document_attention
+from veneer.kernels.attention import document_attention, document_attention_reference
 from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
 from veneer.kernels.qkv_rope import _turn
 from veneer.kernels.rms_norm import rms_norm
@@ -108,12 +108,13 @@ class TestTheSameNumbers:
 
     @pytest.mark.parametrize("window", [None, 1, 5, 400])
     @pytest.mark.parametrize("prefix", [0, 9])
+    @pytest.mark.parametrize("size", [8, 16, 80])  # the last two are whole vectors, and 80 no whole block of them
     def test_attention(
-        self, dtype: torch.dtype, window: int | None, prefix: int, monkeypatch: pytest.MonkeyPatch
+        self, dtype: torch.dtype, window: int | None, prefix: int, size: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lengths = (9, 300, 1, 40)  # one longer than a tile
-        q, k, v = (torch.randn(heads, sum(lengths), 8).to(dtype) for heads in (4, 2, 2))
-        dout = torch.randn(4, sum(lengths), 8).to(dtype)
+        q, k, v = (torch.randn(heads, sum(lengths), size).to(dtype) for heads in (4, 2, 2))
+        dout = torch.randn(4, sum(lengths), size).to(dtype)
 
         def compute() -> list[Tensor]:
             leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -122,6 +123,37 @@ class TestTheSameNumbers:
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, 2 * ROUNDING[dtype])
+
+
+@needs_native
+def test_attention_gives_the_same_bits_on_any_number_of_threads() -> None:
+    lengths = (30, 200, 7, 90)
+    q, k, v = (torch.randn(heads, sum(lengths), 32).to(BF16).requires_grad_() for heads in (6, 2, 2))
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = document_attention(q, k, v, lengths, 0.2, prefix=30)
+        found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_native
+@pytest.mark.skipif(not native.can_take(torch.ones(1, dtype=BF16), function="attention"), reason="no AVX512-BF16")
+def test_attention_in_16_bits_is_nearer_to_float32_than_its_pytorch_code() -> None:
+    lengths = (40, 300, 120)
+    q, k, v = (torch.randn(heads, sum(lengths), 64).to(BF16) for heads in (6, 2, 2))
+    wide = document_attention_reference(q.float(), k.float(), v.float(), lengths, 0.125, prefix=40)
+
+    def error() -> float:
+        return float((document_attention(q, k, v, lengths, 0.125, prefix=40).float() - wide).norm() / wide.norm())
+
+    ours = error()
+    with native.left_out():
+        assert ours < 0.8 * error()
+    assert ours < 4e-3
 
 
 @needs_native

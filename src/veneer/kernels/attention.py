@@ -163,6 +163,37 @@ def _softmax_grad(dweights: Tensor, weights: Tensor, scaling: float) -> Tensor:
     return ds.mul_(scaling)
 
 
+def _native_shape(
+    q: Tensor, k: Tensor, lengths: Sequence[int], scaling: float, window: int | None, prefix: int
+) -> tuple[int | float | Tensor, ...]:
+    """What the native code is told of the sizes, after the tensors."""
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    groups = len(q) // len(k)
+    return len(q), groups, q.shape[1], q.shape[2], len(lengths), starts, prefix, window or 0, scaling
+
+
+def _native_takes(q: Tensor, k: Tensor, v: Tensor, scaling: float, *special: object) -> bool:
+    """Whether the native code computes this: heads of a whole number of vectors, no cap, no sinks."""
+    usual = all(option is None for option in special) and scaling > 0
+    return usual and v.shape == k.shape and q.shape[2] % 16 == 0 and native.can_take(q, k, v, function="attention")
+
+
+def _native_grads(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: int, prefix: int, shape: tuple[int | float | Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dQ, dK, dV``, summed over what the native code gives of the last two: per query head, and per document."""
+    heads, length, size = q.shape
+    dq = torch.empty_like(q)
+    own = q.new_empty(2, heads, length, size, dtype=torch.float32)
+    shared = q.new_empty(2, heads, documents, prefix, size, dtype=torch.float32)
+    native.call("attention_back", q, k, v, dout, dq, *own, *shared, *shape)
+    total = own.view(2, len(k), -1, length, size).sum(2)
+    if prefix:
+        total[:, :, :prefix] += shared[:, :, 1:].reshape(2, len(k), -1, prefix, size).sum(2)
+    dk, dv = total.to(q.dtype)
+    return dq, dk, dv
+
+
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,16 +208,19 @@ class _DocumentAttention(torch.autograd.Function):
         prefix: int,
         sinks: Tensor | None,
     ) -> Tensor:
+        ctx.arguments = (lengths, scaling, window, softcap, prefix)
+        ctx.save_for_backward(q, k, v, sinks)
         heads, _, size = q.shape
         groups = heads // k.shape[0]
         out = q.new_empty(*q.shape[:2], v.shape[2])
+        if _native_takes(q, k, v, scaling, softcap, sinks):
+            native.call("attention", q, k, v, out, *_native_shape(q, k, lengths, scaling, window, prefix))
+            return out
         for row, end, first, shared in _tiles(lengths, window, prefix):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
             weights, _ = _weights(qt, kt, end - row, scaling, window, softcap, sinks)
             out[:, row:end] = torch.bmm(weights, vt).view(heads, end - row, -1)
-        ctx.save_for_backward(q, k, v, sinks)
-        ctx.arguments = (lengths, scaling, window, softcap, prefix)
         return out
 
     @staticmethod
@@ -194,6 +228,10 @@ class _DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks = ctx.saved_tensors
         lengths, scaling, window, softcap, prefix = ctx.arguments
+        if _native_takes(q, k, v, scaling, softcap, sinks):
+            shape = _native_shape(q, k, lengths, scaling, window, prefix)
+            grads = _native_grads(q, k, v, dout.contiguous(), len(lengths), prefix, shape)
+            return *grads, None, None, None, None, None, None
         heads, _, size = q.shape
         groups = heads // k.shape[0]
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)

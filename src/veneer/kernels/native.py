@@ -1,4 +1,4 @@
-"""What ``native.cpp`` holds: compiled once for this processor where there is a C++ compiler, else not there.
+"""What the C++ in ``cpp`` holds: compiled once for this processor where there is a C++ compiler, else not there.
 
 The library lies in the cache folder under a name made of its source, the compiler and the processor. Its functions take
 contiguous tensors in float32 or bfloat16 on the CPU, and trust their callers with shapes. ``VENEER_KERNELS=torch`` in
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from veneer.files import cache_dir
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fopenmp")
 # The object refers to OpenMP without naming a library for it: it takes the one that torch has loaded, and its threads.
 LINK = ("-shared", "-Wl,-z,undefs")
@@ -35,20 +35,17 @@ class Missing(Exception):
     """Why there is no library."""
 
 
-def can_take(*tensors: Tensor) -> bool:
-    """Whether the functions exist and take tensors like these: plain, on the CPU, of one dtype, contiguous."""
-    first = tensors[0]
-    return (
-        first.dtype in _SUFFIXES
-        and all(
-            type(t) in (Tensor, nn.Parameter)
-            and t.device.type == "cpu"
-            and t.dtype == first.dtype
-            and t.is_contiguous()
-            for t in tensors
-        )
-        and library() is not None
-    )
+def can_take(*tensors: Tensor, function: str = "") -> bool:
+    """Whether there are functions for tensors like these: plain, on the CPU, of one dtype, contiguous.
+
+    Args:
+        function: one that not every processor has.
+    """
+    dtype = tensors[0].dtype
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    alike = dtype in _SUFFIXES and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    found = library() if plain and alike else None
+    return found is not None and (not function or hasattr(found, f"{function}_{_SUFFIXES[dtype]}"))
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:
@@ -113,14 +110,19 @@ def _built() -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
         raise Missing("no C++ compiler")
-    parts = (SOURCE.read_bytes(), *map(str.encode, (*FLAGS, *LINK, _output(compiler, "--version"), _processor())))
+    sources = sorted(SOURCES.iterdir())
+    settings = (*FLAGS, *LINK, _output(compiler, "--version"), _processor())
+    parts = (*(path.read_bytes() for path in sources), *map(str.encode, settings))
     place = cache_dir() / "kernels" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            made, compiled = Path(folder) / place.name, Path(folder) / "native.o"
-            _output(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
-            _output(compiler, *LINK, str(compiled), "-o", str(made))
+            made, objects = Path(folder) / place.name, []
+            for path in sources:
+                if path.suffix == ".cpp":
+                    objects.append(str(Path(folder) / f"{path.stem}.o"))
+                    _output(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
+            _output(compiler, *LINK, *objects, "-o", str(made))
             made.replace(place)  # whole, and the same whoever else makes it
     return place
 

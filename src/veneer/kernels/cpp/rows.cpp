@@ -1,71 +1,7 @@
 // What lies between the products of a step on a CPU, each in one pass over its rows. Plain C++: the compiler makes the
 // vectors. The formulas, and the plain PyTorch that each must agree with, are in the .py file of the operation.
-//
-// Every function computes in float32 and rounds where PyTorch's separate operations would have rounded, so that a model
-// gives the numbers that it gives without this file. It is compiled without contraction: a * b + c is two roundings,
-// but for fma_.
 
-#include <cstdint>
-#include <cstring>
-#include <cmath>
-#include <type_traits>
-
-using i64 = std::int64_t;
-
-struct bf16 {
-    std::uint16_t bits;
-};
-
-static inline float get(float x) { return x; }
-static inline float get(bf16 x) {
-    std::uint32_t bits = std::uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-static inline void put(float& to, float x) { to = x; }
-static inline void put(bf16& to, float x) {  // to nearest, ties to even; a NaN stays one
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to.bits = std::uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-template <class T>
-static inline float rounded(float x) {
-    T t;
-    put(t, x);
-    return get(t);
-}
-
-static inline float fma_(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-template <class T>  // what a sum over a row is taken in: no less exact than PyTorch's
-using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
-
-// exp to about one unit in the last place of float32 (Cephes' polynomial); below -87 it stays at exp(-87).
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = fma_(x, 1.44269504f, 12582912.0f) - 12582912.0f;  // to the nearest whole number
-    float r = fma_(n, 2.12194440e-4f, fma_(n, -0.693359375f, x));
-    float p = 1.9875691500e-4f;
-    p = fma_(p, r, 1.3981999507e-3f);
-    p = fma_(p, r, 8.3334519073e-3f);
-    p = fma_(p, r, 4.1665795894e-2f);
-    p = fma_(p, r, 1.6666665459e-1f);
-    p = fma_(p, r, 5.0000001201e-1f);
-    p = fma_(p, r * r, r) + 1.0f;
-    std::int32_t power = (std::int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return p * scale;
-}
+#include "common.h"
 
 // ---- cross entropy of rows of logits -------------------------------------------------------------------------------
 
@@ -134,8 +70,8 @@ static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd
 
 // out[h, t] = R(t) in[h, t], or its inverse; both with strides of their own, in elements, and whole heads in a row.
 template <class T>
-static void turn(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size, i64 in_head, i64 in_row,
-                 i64 out_head, i64 out_row, float sign, int threads) {
+static void turn(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size, i64 in_head,
+                 i64 in_row, i64 out_head, i64 out_row, float sign, int threads) {
     i64 half = size / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 t = 0; t < rows; t++) {
