@@ -50,11 +50,18 @@ def small_run(recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., tu
     """``small_run("name", train={...}, resume=True)`` trains in this process, into ``tmp_path/name``."""
 
     def run(
-        name: str = "run", *, resume: bool = False, overwrite: bool = False, **changes: Any
+        name: str = "run",
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        strict: bool = False,
+        explain: bool = False,
+        **changes: Any,
     ) -> tuple[TrainResult, Watcher]:
         watcher = Watcher()
         made = recipe(**{"output_dir": str(tmp_path / name), **changes})
-        return train_recipe(made, resume=resume, overwrite=overwrite, progress=watcher), watcher
+        how = {"resume": resume, "overwrite": overwrite, "strict": strict, "explain": explain}
+        return train_recipe(made, progress=watcher, **how), watcher
 
     return run
 

@@ -27,6 +27,11 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
     overwrite: Overwrite = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what runs on what.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Before the first step, compare every layer with float32, not one."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,7 +47,14 @@ def train(
     with stdout_reserved(json):
         from veneer.train import train_recipe
 
-        result = train_recipe(loaded, resume=resume, overwrite=overwrite, progress=training_progress(quiet=quiet))
+        result = train_recipe(
+            loaded,
+            resume=resume,
+            overwrite=overwrite,
+            progress=training_progress(quiet=quiet),
+            strict=strict,
+            explain=explain,
+        )
     if _is_main_process():
         if json:
             print_json(_document(result))

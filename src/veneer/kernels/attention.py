@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
+from veneer.kernels.check import checked
 
 TILE = 256
 
@@ -65,6 +66,7 @@ def document_attention_reference(
     return weights @ v.repeat_interleave(groups, 0)
 
 
+@checked("attention", document_attention_reference, "q", "k", "v")
 def document_attention(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels.check import checked
+
 
 class FrozenMatrix(Protocol):
     """What the fused operations need of a frozen ``[out, in]`` weight that is not a plain tensor."""
@@ -69,6 +71,12 @@ def as_tensor(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dequantize()
 
 
+def frozen_linear_reference(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """The operation in plain PyTorch; the oracle of :func:`frozen_linear`."""
+    return F.linear(x, as_tensor(weight), bias)
+
+
+@checked("frozen linear", frozen_linear_reference, "x")
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, differentiable in ``x`` alone.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels.check import checked
 from veneer.kernels.frozen import Weight, add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.lora_linear import (
     lora_linear_reference,
@@ -78,6 +79,7 @@ def gated_mlp_reference(
     return linear(activation(act, linear(x, gate)) * linear(x, up), down)
 
 
+@checked("gated MLP", gated_mlp_reference, "x", "A", "B", "row_scale")
 def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu") -> Tensor:
     """``down(act(gate(x)) * up(x))``.
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from veneer.kernels.frozen import Weight, matmul_grad, matmul_weight
+from veneer.kernels.check import checked
+from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
 
 
 class FrozenStack(Protocol):
@@ -115,6 +116,15 @@ def grouped_reference(
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
+def grouped_linear_reference(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
+    """:func:`grouped_linear` in plain PyTorch."""
+    if not isinstance(weight, Tensor):
+        coded = weight.to(dtype=x.dtype)
+        weight = torch.stack([as_tensor(coded.index(expert)) for expert in range(weight.shape[0])])
+    return grouped_reference(x[groups.tokens] if gather else x, groups, weight, bias)
+
+
+@checked("linear of experts", grouped_linear_reference, "x")
 def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
     """``x_e W_e^T + b_e``, differentiable in ``x`` and ``b``; in a ``W`` that is trained too, by plain operations.
 
@@ -132,6 +142,23 @@ def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None
     return y if bias is None else y.add_(bias.to(y.dtype)[groups.experts])
 
 
+def add_grouped_lora_reference(
+    y: Tensor,
+    x: Tensor,
+    groups: Groups,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    gather: bool,
+    positions: tuple[int, ...] | None = None,
+) -> Tensor:
+    """:func:`add_grouped_lora` in plain PyTorch, which leaves ``y`` as it is."""
+    nothing = x.new_zeros(1, 1, 1).expand(len(groups.counts), B.shape[1], A.shape[2])
+    return y + grouped_reference(x[groups.tokens] if gather else x, groups, nothing, None, A, B, scaling, positions)
+
+
+@checked("LoRA of experts", add_grouped_lora_reference, "x", "A", "B")
 def add_grouped_lora(
     y: Tensor,
     x: Tensor,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
+from veneer.kernels.check import checked
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20
@@ -50,6 +51,7 @@ def linear_cross_entropy_reference(
     return TokenLosses(nll, logits.argmax(-1) == labels[positions], positions)
 
 
+@checked("head and cross entropy", linear_cross_entropy_reference, "hidden")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

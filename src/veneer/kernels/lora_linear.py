@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels.check import checked
 from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
 
 
@@ -44,6 +45,7 @@ def lora_linear_reference(
     return y if bias is None else y + bias
 
 
+@checked("LoRA linear", lora_linear_reference, "x", "A", "B", "row_scale")
 def lora_linear(
     x: Tensor,
     weight: Weight,

@@ -28,6 +28,7 @@ SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fopenmp")
 # The object refers to OpenMP without naming a library for it: it takes the one that torch has loaded, and its threads.
 LINK = ("-shared", "-Wl,-z,undefs")
+calls = 0  # how many functions were called so far
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -48,15 +49,26 @@ def can_take(*tensors: Tensor, function: str = "") -> bool:
     return found is not None and (not function or hasattr(found, f"{function}_{_SUFFIXES[dtype]}"))
 
 
-def call(name: str, *arguments: Tensor | int | float) -> None:
-    """Calls a function of the dtype of its first tensor; whole numbers go as int64, others as float32."""
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Calls a function of the dtype of its first tensor; whole numbers go as int64, others as float32, None as null."""
+    global calls
+    calls += 1
     first = arguments[0]
     assert isinstance(first, Tensor)
     function = getattr(library(), f"{name}_{_SUFFIXES[first.dtype]}")
     function(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _as_c(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+def call_struct(name: str, dtype: torch.dtype, argument: ctypes.Structure) -> None:
+    """Calls a function that takes all it needs in one structure."""
+    global calls
+    calls += 1
+    getattr(library(), f"{name}_{_SUFFIXES[dtype]}")(ctypes.byref(argument), ctypes.c_int(torch.get_num_threads()))
+
+
+def _as_c(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if value is None:
+        return ctypes.c_void_p(None)
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)

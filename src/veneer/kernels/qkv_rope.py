@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
+from veneer.kernels.check import checked
 from veneer.kernels.frozen import add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.lora_linear import lora_linear_reference, row_scale_grads, scale_rows
@@ -43,6 +44,7 @@ def qkv_rope_reference(
     return turn(project(q)), turn(project(k)), project(v)
 
 
+@checked("projections and rotation", qkv_rope_reference, "x", "A", "B", "row_scale")
 def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor) -> Qkv:
     """Queries, keys and values of a row of tokens, rotated.
 

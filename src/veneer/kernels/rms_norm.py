@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
+from veneer.kernels.check import checked
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,6 +27,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * xhat.to(x.dtype)
 
 
+@checked("RMSNorm", rms_norm_reference, "x")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: ``x [..., d]``, ``weight [d]`` frozen; returns ``[..., d]`` in ``x``'s dtype."""
     if weight.requires_grad:

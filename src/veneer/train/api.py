@@ -34,7 +34,13 @@ Source = Rows | str | Path | Sequence[Mapping[str, Any]]
 
 
 def train_recipe(
-    recipe: Recipe | str | Path, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe | str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    strict: bool = False,
+    explain: bool = False,
 ) -> TrainResult:
     """Trains what a recipe describes.
 
@@ -45,11 +51,14 @@ def train_recipe(
         resume: go on with the run in ``output_dir`` from its newest whole checkpoint.
         overwrite: replace the run in ``output_dir``.
         progress: is told how it goes; silent by default.
+        strict: before the first step, compare the operations of every layer with float32, not of one.
+        explain: say what runs on what.
 
     Raises:
         RecipeError, DataError, ModelError, AdapterError: something is wrong before training begins; nothing is written
             then.
-        TrainError: the output folder holds a run; a guard stopped the run.
+        TrainError: the output folder holds a run, an operation does not compute what it should, or a guard stopped the
+            run.
         StorageError: a file cannot be written.
     """
     if not isinstance(recipe, Recipe):
@@ -72,7 +81,7 @@ def train_recipe(
         if table is not None:
             progress.message(f"the experts that training rows activate most:\n{table}")
         adapted = attach(base, config, seed=recipe.train.seed)
-        session = Session(adapted, base, recipe, rows, held_out, world, progress)
+        session = Session(adapted, base, recipe, rows, held_out, world, progress, strict, explain)
         return session.run(resume=resume, overwrite=overwrite)
 
 
@@ -85,6 +94,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    strict: bool = False,
+    explain: bool = False,
     **settings: Any,
 ) -> TrainResult:
     """Trains the active adapter of a model that is in memory.
@@ -94,7 +105,7 @@ def train(
         data: rows, a file or what else :func:`veneer.data.read` takes.
         eval_data: held-out rows: a share of ``data``, a number of its rows, rows of their own, or None.
         output_dir: the run folder.
-        resume, overwrite, progress: as for :func:`train_recipe`.
+        resume, overwrite, progress, strict, explain: as for :func:`train_recipe`.
         settings: any key of the recipe's sections ``train``, ``eval`` and ``data``, such as ``learning_rate=2e-4``,
             ``num_train_epochs=3``, ``metrics=["exact_match"]``, ``train_on="last"``.
 
@@ -105,7 +116,8 @@ def train(
     recipe = _recipe_of(model, base, data, eval_data, output_dir, settings)
     with _processes(recipe, resume, overwrite, progress) as (world, progress):
         rows, held_out = read_rows(recipe.data, progress.message, data, eval_data)
-        return Session(model, base, recipe, rows, held_out, world, progress).run(resume=resume, overwrite=overwrite)
+        session = Session(model, base, recipe, rows, held_out, world, progress, strict, explain)
+        return session.run(resume=resume, overwrite=overwrite)
 
 
 def initialise(

@@ -39,6 +39,7 @@ from veneer.train.classification import (
     write_samples,
 )
 from veneer.train.distributed import World
+from veneer.train.explain import explanation
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.hooks import step_hook
 from veneer.train.interrupt import StopRequest
@@ -58,6 +59,7 @@ from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
 from veneer.train.result import TrainResult
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
+from veneer.train.self_check import few_tokens, self_check
 from veneer.train.sft import sft
 from veneer.train.start import start_from_checkpoint, start_from_rows
 from veneer.train.state import Plan, TrainerState
@@ -77,6 +79,8 @@ class Session:
         rows, held_out_rows: what to train on, and to judge by.
         world: the processes of this run.
         progress: is told how it goes; silent on every process but the first.
+        strict: before the first step, compare the operations of every layer with float32, not of one.
+        explain: say what runs on what.
     """
 
     adapted: AdaptedModel
@@ -86,6 +90,8 @@ class Session:
     held_out_rows: Rows | None
     world: World
     progress: Progress
+    strict: bool = False
+    explain: bool = False
 
     def run(self, *, resume: bool, overwrite: bool) -> TrainResult:
         """Checks everything, then trains. Until all is checked nothing is written.
@@ -124,6 +130,11 @@ class Session:
         if settings.optim != "adamw":
             self.progress.message(optimizer.description)
         hook = step_hook(adapted, optimizer, self.plan.total_steps)
+        objective = OBJECTIVES[self.recipe.objective]
+        batch = few_tokens(self.dataset, self.layout).to(self.base.device)
+        watch = self_check(adapted.module, objective, batch, every=self.strict)
+        if self.explain:
+            self.progress.message(explanation(self.base, settings, self.layout, optimizer, watch))
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
         state = self._restored(optimizer, hook, info) if resume and begun else TrainerState()
@@ -134,7 +145,7 @@ class Session:
             stop = StopRequest(record.message)
             trainer = Trainer(
                 module=adapted.module,
-                objective=OBJECTIVES[self.recipe.objective],
+                objective=objective,
                 dataset=self.dataset,
                 layout=self.layout,
                 plan=self.plan,
