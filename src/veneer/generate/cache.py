@@ -38,16 +38,25 @@ class BufferLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not
         self.values = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[3])
         self.is_initialized = True
 
+    def grown(self) -> tuple[Tensor, Tensor]:
+        """The buffers of keys and values, with room for one position more, which counts from now on."""
+        self._make_room(self.length + 1)
+        self.length += 1
+        return self.keys, self.values
+
+    def _make_room(self, end: int) -> None:
+        if end > self.capacity:
+            self.capacity = max(end, 2 * self.capacity)
+            self.keys = _wider(self.keys, self.length, self.capacity)
+            self.values = _wider(self.values, self.length, self.capacity)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends ``[B, K, T, D]`` and returns all of ``[B, K, S + T, D]``."""
         end = self.length + key_states.shape[2]
         if not self.is_initialized:
             self.capacity = max(self.capacity, end)
             self.lazy_initialization(key_states, value_states)
-        elif end > self.capacity:
-            self.capacity = max(end, 2 * self.capacity)
-            self.keys = _wider(self.keys, self.length, self.capacity)
-            self.values = _wider(self.values, self.length, self.capacity)
+        self._make_room(end)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ModelError
 from veneer.generate.cache import BufferLayer, has_windows, is_attention_only, new_cache
+from veneer.generate.native_step import NativeStep
 
 # Tokens that go through the model at once while prompts are read: bounds the memory of long prompts.
 PREFILL_TOKENS = 4096
@@ -69,6 +70,7 @@ class Decoder:
         self.attention_only = is_attention_only(probe)  # else rows of a batch must be equally long: no padding
         # Padding between a shared beginning and the rest is right only where distance is told by positions.
         self._may_share = self.attention_only and self._takes_positions and not has_windows(module)
+        self._native = NativeStep.of(module) if self.attention_only and not has_windows(module) else None
         self.cache: Any = None
         self._mask: Tensor | None = None  # [B, columns] int64, None while nothing is masked
         self._positions = torch.zeros(0)
@@ -116,7 +118,15 @@ class Decoder:
         """One token ``[B]`` of every row in; logits ``[B, V]`` out."""
         self._length += 1
         mask = None if self._mask is None else self._mask[:, : self._length]
-        logits = self._forward(tokens[:, None], self._positions, mask)
+        native = self._native if self._native and self._native.takes(len(tokens), self.cache.layers) else None
+        past = (tokens, self._positions, self.cache.layers, mask)
+        if native is None:
+            logits = self._forward(tokens[:, None], self._positions, mask)
+        elif native.proven:
+            logits = native(*past)
+        else:
+            logits = native.prove(lambda: self._forward(tokens[:, None], self._positions, mask), *past)
+            self._native = native if native.proven else None
         self._positions = self._positions + 1
         return logits
 

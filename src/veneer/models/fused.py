@@ -46,7 +46,7 @@ class FusedGatedMlp(nn.Module):
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act_fn: nn.Module, act: str) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
-        self._act = act
+        self.activation = act
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [low_rank(layer, x) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
@@ -54,7 +54,7 @@ class FusedGatedMlp(nn.Module):
         if gate is None or up is None or down is None:
             out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return out
-        return gated_mlp(x, gate, up, down, self._act)
+        return gated_mlp(x, gate, up, down, self.activation)
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _same_output(original: nn.Module, block: nn.Module) -> bool:
     expected = original(x)
     if isinstance(block, FusedGatedMlp):
         gate, up, down = (zero_update(layer) for layer in (block.gate_proj, block.up_proj, block.down_proj))
-        got = gated_mlp(x, gate, up, down, block._act)
+        got = gated_mlp(x, gate, up, down, block.activation)
     else:
         got = block(x)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2

@@ -39,6 +39,15 @@ def fuse_attention(block: nn.Module) -> bool:
     return True
 
 
+def attention_arguments(block: nn.Module) -> dict[str, Any] | None:
+    """What a fused block passes to attention beside the tensors, its ``scaling`` among it; None for any other block."""
+    arguments: dict[str, Any] | None = block.__dict__.get(_ATTRIBUTE)
+    if arguments is None:
+        return None
+    size: Any = block.head_dim
+    return {**arguments, "scaling": arguments.get("scaling") or size**-0.5}
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     x: Any = kwargs.get("hidden_states")
     turns, lengths = kwargs.get("position_embeddings"), kwargs.get("document_lengths")

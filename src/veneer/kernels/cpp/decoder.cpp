@@ -1,0 +1,334 @@
+// One new token of every row through all layers of a decoder: norms, projections with their low-rank updates, rotation,
+// attention over the cache, gated MLP. One parallel region holds the step, so that a token costs little more than
+// reading the weights. What is computed, and where it is rounded, is what the layers' own operations do one by one.
+
+#include "common.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+template <class T>
+struct Linear {  // y = g (x W^T + s (x A^T) B^T) + b
+    const T *weight, *bias, *a, *b, *less_one;  // [out, in], [out], [r, in], [out, r], [out] = g - 1
+    i64 out, rank;
+    float scale;
+};
+
+template <class T>
+struct Layer {
+    const T *norm, *mlp_norm;
+    Linear<T> q, k, v, o, gate, up, down;
+    T *keys, *values;  // [rows, key_heads, capacity, head]
+};
+
+template <class T>
+struct Step {
+    const Layer<T>* layer;
+    T* x;                   // [rows, width]: embeddings in, hidden states after the final norm out
+    const T *norm, *cos, *sin;  // [width], [rows, head]
+    const i64* mask;        // [rows, mask_row]: 1 where a column is seen; null: all are
+    i64 layers, rows, width, heads, key_heads, head, hidden, length, key_row, key_head, mask_row;
+    float eps, scaling;
+};
+
+// sums[m * N + n] = x[m] . w[n], for M rows of x and N rows of w.
+template <int M, int N>
+inline void dots(const float* x, i64 ldx, const float* w, i64 ldw, i64 depth, float* sums) {
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            const float *left = x + m * ldx, *right = w + n * ldw;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (i64 k = 0; k < depth; k++) sum += left[k] * right[k];
+            sums[m * N + n] = sum;
+        }
+}
+
+#ifdef __AVX512BF16__
+inline __m512 pairs_of_two(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+inline __m512 pairs_of_four(__m512 a, __m512 b) {
+    __m512d p = _mm512_castps_pd(a), q = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+}
+inline __m512 halves(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+// The sums of sixteen vectors.
+inline __m512 sums_of(const __m512* v) {
+    __m512 quads[4];
+    for (int i = 0; i < 4; i++)
+        quads[i] = pairs_of_four(pairs_of_two(v[4 * i], v[4 * i + 1]), pairs_of_two(v[4 * i + 2], v[4 * i + 3]));
+    return halves(halves(quads[0], quads[1]), halves(quads[2], quads[3]));
+}
+
+template <int M, int N>
+inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, float* sums) {
+    __m512 parts[16];
+    for (auto& part : parts) part = _mm512_setzero_ps();
+    auto add = [&](i64 k, auto load) {
+        __m512bh left[M], right[N];
+        for (int m = 0; m < M; m++) left[m] = (__m512bh)load(x + m * ldx + k);
+        for (int n = 0; n < N; n++) right[n] = (__m512bh)load(w + n * ldw + k);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) parts[m * N + n] = _mm512_dpbf16_ps(parts[m * N + n], left[m], right[n]);
+    };
+    i64 k = 0;
+    for (; k + 32 <= depth; k += 32) add(k, [](const bf16* p) { return _mm512_loadu_si512(p); });
+    if (k < depth) {
+        __mmask32 some = (1u << (depth - k)) - 1;
+        add(k, [some](const bf16* p) { return _mm512_maskz_loadu_epi16(some, p); });
+    }
+    _mm512_mask_storeu_ps(sums, __mmask16((1u << M * N) - 1), sums_of(parts));
+}
+#endif
+
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for M rows of x from `m` on and the
+// rows of w from `begin` to `end`.
+template <int M, int N, class T, class Finish>
+inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
+    float sums[M * N];
+    i64 n = begin;
+    for (; n + N <= end; n += N) {
+        dots<M, N>(x + m * ldx, ldx, w + n * depth, depth, depth, sums);
+        finish(m, n, sums, Count<M>(), Count<N>());
+    }
+    if constexpr (N > 1)
+        if (n < end) tile<M, 1>(x, ldx, m, w, n, end, depth, finish);
+}
+
+constexpr i64 BLOCK = 32;  // rows of w that stay in the cache while all rows of x meet them
+
+// The same for all rows of x. A row gives the same sums whatever stands beside it.
+template <class T, class Finish>
+inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
+    for (i64 n = begin; n < end; n += BLOCK) {
+        i64 to = std::min(n + BLOCK, end), m = 0;
+        for (; m + 4 <= rows; m += 4) tile<4, 4>(x, ldx, m, w, n, to, depth, finish);
+        for (; m + 2 <= rows; m += 2) tile<2, 8>(x, ldx, m, w, n, to, depth, finish);
+        for (; m < rows; m++) tile<1, 8>(x, ldx, m, w, n, to, depth, finish);
+    }
+}
+
+// M rows of N numbers, rounded, to y.
+template <int M, int N, class T>
+inline void store(const float* sums, T* y, i64 ldy) {
+    T out[M * N];
+#pragma omp simd
+    for (int i = 0; i < M * N; i++) put(out[i], sums[i]);
+    for (int m = 0; m < M; m++) std::memcpy(y + m * ldy, out + m * N, N * sizeof(T));
+}
+
+// The part of `count` things that this thread takes, in blocks of 32.
+inline void share(i64 count, i64& begin, i64& end) {
+    i64 blocks = (count + BLOCK - 1) / BLOCK, threads = omp_get_num_threads(), own = omp_get_thread_num();
+    begin = std::min(count, blocks * own / threads * BLOCK);
+    end = std::min(count, blocks * (own + 1) / threads * BLOCK);
+}
+
+// y = g (x W^T + s h B^T) + b, for this thread's share of the outputs; h = x A^T.
+template <class T>
+void outputs(const Linear<T>& p, const T* x, i64 rows, i64 depth, const T* h, T* y, i64 ldy) {
+    i64 begin, end;
+    share(p.out, begin, end);
+    product(x, depth, rows, p.weight, begin, end, depth, [&](i64 m, i64 n, float* sums, auto M, auto N) {
+        auto add_bias = [&] {
+            for (int i = 0; i < M; i++)
+                for (int j = 0; j < N; j++) sums[i * N + j] += get(p.bias[n + j]);
+        };
+        if (p.bias && !p.less_one) add_bias();
+        if (p.rank) {
+            float low[M * N];
+            dots<M, N>(h + m * p.rank, p.rank, p.b + n * p.rank, p.rank, p.rank, low);
+            for (int i = 0; i < M * N; i++) sums[i] = rounded<T>(sums[i]) + p.scale * low[i];
+        }
+        if (p.less_one) {
+            for (int i = 0; i < M; i++)
+                for (int j = 0; j < N; j++) {
+                    float u = rounded<T>(sums[i * N + j]);
+                    sums[i * N + j] = rounded<T>(u + u * get(p.less_one[n + j]));
+                }
+            if (p.bias) add_bias();
+        }
+        store<M, N>(sums, y + m * ldy + n, ldy);
+    });
+}
+
+// h = x A^T of several linears, one after another in `low`; the threads share the rows of all A.
+template <class T>
+void lows(std::initializer_list<const Linear<T>*> parts, const T* x, i64 rows, i64 depth, T* low) {
+    i64 at = 0;
+    for (auto p : parts) {
+        if (p->rank) {
+            i64 threads = omp_get_num_threads(), own = omp_get_thread_num();
+            T* h = low + at * rows;
+            product(x, depth, rows, p->a, p->rank * own / threads, p->rank * (own + 1) / threads, depth,
+                    [&](i64 m, i64 r, const float* sums, auto M, auto N) {
+                        store<M, N>(sums, h + m * p->rank + r, p->rank);
+                    });
+        }
+        at += p->rank;
+    }
+}
+
+template <class T>
+void norm_row(const T* x, const T* w, T* y, i64 width, float eps) {
+    Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 j = 0; j < width; j++) sum += Sum<T>(get(x[j])) * get(x[j]);
+    float r = float(1 / std::sqrt(sum / width + eps));
+#pragma omp simd
+    for (i64 j = 0; j < width; j++) put(y[j], rounded<T>(get(x[j]) * r) * get(w[j]));
+}
+
+template <class T>
+void turn_head(T* u, const T* c, const T* s, i64 size) {
+    i64 half = size / 2;
+    for (i64 j = 0; j < half; j++) {
+        float a = get(u[j]), b = get(u[j + half]);
+        put(u[j], rounded<T>(a * get(c[j])) - rounded<T>(b * get(s[j])));
+        put(u[j + half], rounded<T>(b * get(c[j + half])) + rounded<T>(a * get(s[j + half])));
+    }
+}
+
+// Attention of the query heads that share a key head, of one row: o = softmax(scale q k^T) v.
+template <class T>
+void attend(const Step<T>& s, const Layer<T>& layer, i64 row, i64 key_head, const T* q, T* out, float* scores) {
+    const T* keys = layer.keys + row * s.key_row + key_head * s.key_head;
+    const T* values = layer.values + row * s.key_row + key_head * s.key_head;
+    const i64 *seen = s.mask ? s.mask + row * s.mask_row : nullptr, count = s.length + 1, groups = s.heads / s.key_heads;
+    i64 first = 0;
+    while (seen && first < count - 1 && !seen[first]) first++;
+    std::vector<float> sums(s.head);
+    for (i64 g = 0; g < groups; g++) {
+        const T* query = q + (key_head * groups + g) * s.head;
+        product(query, s.head, 1, keys, first, count, s.head, [&](i64, i64 j, const float* sums, auto, auto N) {
+            for (int i = 0; i < N; i++) scores[j + i] = seen && !seen[j + i] ? -INFINITY : s.scaling * sums[i];
+        });
+        float top = -INFINITY, total = 0.0f;
+        for (i64 j = first; j < count; j++) top = std::max(top, scores[j]);
+#pragma omp simd reduction(+ : total)
+        for (i64 j = first; j < count; j++) {
+            scores[j] = scores[j] == -INFINITY ? 0.0f : exp_(scores[j] - top);
+            total += scores[j];
+        }
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (i64 j = first; j < count; j++) {
+            float weight = scores[j];
+            const T* value = values + j * s.head;
+#pragma omp simd
+            for (i64 d = 0; d < s.head; d++) sums[d] += weight * get(value[d]);
+        }
+        T* o = out + (key_head * groups + g) * s.head;
+        for (i64 d = 0; d < s.head; d++) put(o[d], sums[d] / total);
+    }
+}
+
+template <class T>
+void step(const Step<T>& s, int threads) {
+    i64 q_width = s.heads * s.head, k_width = s.key_heads * s.head, rank = 0;
+    for (i64 i = 0; i < s.layers; i++) {
+        const Layer<T>& l = s.layer[i];
+        rank = std::max({rank, l.q.rank + l.k.rank + l.v.rank, l.o.rank, l.gate.rank + l.up.rank, l.down.rank});
+    }
+    std::vector<T> normed(s.rows * s.width), qs(s.rows * q_width), ks(s.rows * k_width), vs(s.rows * k_width),
+        mixed(s.rows * q_width), added(s.rows * s.width), gates(s.rows * s.hidden), ups(s.rows * s.hidden),
+        low(s.rows * rank);
+    T* h = low.data();
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scores(s.length + 1);
+        auto each_row = [&](const T* w, bool add) {  // x += what was added; its norm
+#pragma omp for schedule(static)
+            for (i64 m = 0; m < s.rows; m++) {
+                T* x = s.x + m * s.width;
+                if (add)
+                    for (i64 j = 0; j < s.width; j++) put(x[j], get(x[j]) + get(added[m * s.width + j]));
+                norm_row(x, w, normed.data() + m * s.width, s.width, s.eps);
+            }
+        };
+        for (i64 i = 0; i < s.layers; i++) {
+            const Layer<T>& l = s.layer[i];
+            each_row(l.norm, i > 0);
+            lows({&l.q, &l.k, &l.v}, normed.data(), s.rows, s.width, h);
+#pragma omp barrier
+            outputs(l.q, normed.data(), s.rows, s.width, h, qs.data(), q_width);
+            outputs(l.k, normed.data(), s.rows, s.width, h + l.q.rank * s.rows, ks.data(), k_width);
+            outputs(l.v, normed.data(), s.rows, s.width, h + (l.q.rank + l.k.rank) * s.rows, vs.data(), k_width);
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(static)
+            for (i64 m = 0; m < s.rows; m++)
+                for (i64 n = 0; n < s.key_heads; n++) {
+                    const T *c = s.cos + m * s.head, *sn = s.sin + m * s.head;
+                    i64 groups = s.heads / s.key_heads, at = m * s.key_row + n * s.key_head + s.length * s.head;
+                    T* key = ks.data() + m * k_width + n * s.head;
+                    turn_head(key, c, sn, s.head);
+                    std::copy(key, key + s.head, l.keys + at);
+                    std::copy_n(vs.data() + m * k_width + n * s.head, s.head, l.values + at);
+                    for (i64 g = 0; g < groups; g++)
+                        turn_head(qs.data() + m * q_width + (n * groups + g) * s.head, c, sn, s.head);
+                    attend(s, l, m, n, qs.data() + m * q_width, mixed.data() + m * q_width, scores.data());
+                }
+            lows({&l.o}, mixed.data(), s.rows, q_width, h);
+#pragma omp barrier
+            outputs(l.o, mixed.data(), s.rows, q_width, h, added.data(), s.width);
+#pragma omp barrier
+            each_row(l.mlp_norm, true);
+            lows({&l.gate, &l.up}, normed.data(), s.rows, s.width, h);
+#pragma omp barrier
+            outputs(l.gate, normed.data(), s.rows, s.width, h, gates.data(), s.hidden);
+            outputs(l.up, normed.data(), s.rows, s.width, h + l.gate.rank * s.rows, ups.data(), s.hidden);
+            i64 begin, end;
+            share(s.hidden, begin, end);  // what this thread has just computed
+            for (i64 m = 0; m < s.rows; m++) {
+                T *e = gates.data() + m * s.hidden, *g = ups.data() + m * s.hidden;
+#pragma omp simd
+                for (i64 n = begin; n < end; n++) {
+                    float x = get(e[n]);
+                    put(e[n], rounded<T>(x / (1.0f + exp_(-x))) * get(g[n]));
+                }
+            }
+#pragma omp barrier
+            lows({&l.down}, gates.data(), s.rows, s.hidden, h);
+#pragma omp barrier
+            outputs(l.down, gates.data(), s.rows, s.hidden, h, added.data(), s.width);
+#pragma omp barrier
+        }
+        each_row(s.norm, true);
+    }
+    std::copy(normed.begin(), normed.end(), s.x);
+}
+
+// y = x W^T + b of a few rows.
+template <class T>
+void few_rows(const T* x, const T* w, const T* bias, T* y, i64 rows, i64 out, i64 depth, int threads) {
+    Linear<T> plain{w, bias, nullptr, nullptr, nullptr, out, 0, 0.0f};
+#pragma omp parallel num_threads(threads)
+    outputs(plain, x, rows, depth, (const T*)nullptr, y, out);
+}
+
+}  // namespace
+
+#define EXPORT(T, name)                                                                                       \
+    extern "C" void decoder_step_##name(const void* s, int threads) { step(*(const Step<T>*)s, threads); }    \
+    extern "C" void few_rows_##name(const T* x, const T* w, const T* bias, T* y, i64 rows, i64 out, i64 depth, \
+                                    int threads) {                                                            \
+        few_rows(x, w, bias, y, rows, out, depth, threads);                                                   \
+    }
+
+EXPORT(float, f32)
+#ifdef __AVX512BF16__
+EXPORT(bf16, bf16)
+#endif
