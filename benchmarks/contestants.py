@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import serve
+from benchmarks.processes import STARTED, serve
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
 TRAIN: dict[str, Any] = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -56,7 +56,34 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     (folder / "examples.json").write_text(json.dumps(examples))
     dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
     folder_of_base = str(_hugging_face_folder(job["base"], dtype))
-    return {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch}
+    sizes = _sizes(base.module)
+    return {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch, **sizes}
+
+
+def _sizes(module: Any) -> dict[str, int]:
+    """How many weights the linears inside the layers have, and the output head."""
+    from torch import nn
+
+    from veneer.adapters.layers import LoraLinear
+
+    head = module.get_output_embeddings()
+    linears = [m.base_layer if isinstance(m, LoraLinear) else m for m in module.get_decoder().modules()]
+    found = {id(m): m.weight.numel() for m in linears if isinstance(m, nn.Linear)}
+    return {"linear_weights": sum(found.values()), "head_weights": head.weight.numel()}
+
+
+def peak(job: dict[str, Any]) -> dict[str, Any]:
+    """The most that this machine multiplies: FLOP a second of square products, the best of several sizes."""
+    import torch
+
+    best = 0.0
+    for size in (1024, 2048):
+        a, b = (torch.randn(size, size, dtype=getattr(torch, job["dtype"])) for _ in range(2))
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ b
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return {"flops": best}
 
 
 def _hugging_face_folder(base: str, dtype: str) -> Path:
@@ -86,7 +113,8 @@ class Clock:
 
     def figures(self) -> dict[str, Any]:
         seconds = [after - before for before, after in zip(self.marks, self.marks[1:])]
-        return {"seconds": seconds, "train_seconds": sum(seconds)}
+        first = self.marks[1] - STARTED if seconds else 0.0
+        return {"seconds": seconds, "train_seconds": sum(seconds), "first_step_seconds": first}
 
 
 class Curve:
@@ -128,6 +156,7 @@ def veneer(job: dict[str, Any]) -> dict[str, Any]:
             "base": job["base"],
             "dtype": job["dtype"],
             "device": "cpu",
+            "quantize": job["quantize"],
             "adapter": LORA,
             "data": {"train": job["rows"], "eval": None},
             "train": {
@@ -139,7 +168,7 @@ def veneer(job: dict[str, Any]) -> dict[str, Any]:
                 "max_length": job["max_length"],
                 "seed": job["seed"],
             },
-            "output_dir": str(Path(job["folder"]) / "veneer"),
+            "output_dir": str(Path(job["folder"]) / f"veneer-{job['run']}"),
         }
     )
     train_recipe(recipe, progress=curve)
@@ -169,7 +198,7 @@ def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
 
     own = {} if checkpointing is None else {"gradient_checkpointing": checkpointing}
     config = SFTConfig(
-        output_dir=str(Path(job["folder"]) / "trl"),
+        output_dir=str(Path(job["folder"]) / f"trl-{job['run']}"),
         max_steps=job["steps"],
         per_device_train_batch_size=job["batch"],
         learning_rate=job["learning_rate"],
@@ -186,7 +215,7 @@ def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
         **TRAIN,
         **own,
     )
-    model = _peft_model(job)
+    model = _peft_model(job, in_4_bits(job) if job["quantize"] == "nf4" else None)
     examples = json.loads((Path(job["folder"]) / "examples.json").read_text())
     trainer = SFTTrainer(
         model=model,
@@ -258,12 +287,37 @@ def _peft_model(job: dict[str, Any], prepared: Callable[[Any], Any] | None = Non
     return PeftModel.from_pretrained(model, str(Path(job["folder"]) / "start"), is_trainable=True)
 
 
+def in_4_bits(job: dict[str, Any]) -> Callable[[Any], Any]:
+    """Makes every linear but the head a ``Linear4bit`` of bitsandbytes: NF4 in blocks of 64, double quantisation."""
+
+    def change(model: Any) -> Any:
+        import bitsandbytes
+        import torch
+        from torch import nn
+
+        theirs: Any = bitsandbytes.nn
+        options = {"compress_statistics": True, "quant_type": "nf4"}
+        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+        for name in names:
+            linear = model.get_submodule(name)
+            size = (linear.in_features, linear.out_features, linear.bias is not None)
+            layer = theirs.Linear4bit(*size, compute_dtype=getattr(torch, job["dtype"]), **options)
+            layer.weight = theirs.Params4bit(linear.weight.data, requires_grad=False, **options)
+            layer.bias = linear.bias
+            model.set_submodule(name, layer.to("cpu"))  # moving it is what quantises it
+        model.is_loaded_in_4bit = True  # PEFT asks for this before it looks at the layers
+        return model
+
+    return change
+
+
 CONTESTANTS = {
     "prepare": prepare,
     "veneer": veneer,
     "trl": lambda job: trl(job, None),
     "trl-nockpt": lambda job: trl(job, False),
-    "peft-loop": peft_loop,
+    "peft": lambda job: peft_loop(job, in_4_bits(job) if job["quantize"] == "nf4" else None),
+    "peak": peak,
 }
 
 

@@ -10,10 +10,12 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+STARTED = time.perf_counter()  # of this process, but for the interpreter's own start
 Job = dict[str, Any]
 Result = dict[str, Any]
 

@@ -63,34 +63,14 @@ def bnb(job: Job) -> Result:
     """bitsandbytes' Linear4bit under PEFT's layers, in the loop that a person writes by hand."""
     memory: dict[str, float] = {}
 
-    def in_4_bits(model: Any) -> Any:
-        model = _quantised_by_bitsandbytes(model, job["dtype"])
+    def measured(model: Any) -> Any:
+        model = contestants.in_4_bits(job)(model)
         held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
         memory["loading_peak_gb"] = peak_rss_gb()
         memory["weights_gb"] = (sum(held.values()) + _scales(model)) / 1e9
         return model
 
-    return {**contestants.peft_loop(job, in_4_bits), **memory}
-
-
-def _quantised_by_bitsandbytes(model: Any, dtype: str) -> Any:
-    """Every linear but the head becomes a ``Linear4bit``: NF4 in blocks of 64, double quantisation."""
-    import bitsandbytes
-    import torch
-    from torch import nn
-
-    theirs: Any = bitsandbytes.nn
-    options = {"compress_statistics": True, "quant_type": "nf4"}
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
-    for name in names:
-        linear = model.get_submodule(name)
-        size = (linear.in_features, linear.out_features, linear.bias is not None)
-        layer = theirs.Linear4bit(*size, compute_dtype=getattr(torch, dtype), **options)
-        layer.weight = theirs.Params4bit(linear.weight.data, requires_grad=False, **options)
-        layer.bias = linear.bias
-        model.set_submodule(name, layer.to("cpu"))  # moving it is what quantises it
-    model.is_loaded_in_4bit = True  # PEFT asks for this before it looks at the layers
-    return model
+    return {**contestants.peft_loop(job, measured), **memory}
 
 
 def _scales(model: Any) -> int:

@@ -1,15 +1,18 @@
 """Supervised fine-tuning: Veneer against its peers, in turn, each in a process of its own.
 
-    python -m benchmarks.sft --peers trl [--json] [--steps 20] [--rows 160] [--data rows.jsonl]
+    python -m benchmarks.sft --peers trl,peft [--quantize nf4] [--runs 3] [--json] [--steps 20] [--data rows.jsonl]
 
 Everybody gets the same token ids, trained positions (the answers), order of rows, weights, start of the adapter (rank
 16, alpha 32, all linear layers), batch of 8 rows, learning rate, cosine schedule, dtype and number of threads.
 ``trl`` is TRL's SFTTrainer with its defaults (gradient checkpointing on); ``trl-nockpt`` has checkpointing off;
-``peft-loop`` is a loop written by hand over PEFT.
+``peft`` is a loop written by hand over PEFT. With ``--quantize nf4`` the peers train over bitsandbytes' layers.
 
 Speed counts real tokens, not padding, from the third step on: the first two warm up allocators and caches. Memory is
-the highest resident size of the whole process. "train s" is the wall time of the training call: all steps, with
-everything that the program does around them.
+the highest resident size of the whole process. "first s" is from the start of the process to the end of the
+first step; "train s" is the wall time of the training call: all steps, with everything that the program does around
+them. "of peak" is the share of the machine's products that the step's products
+make up, without what adapters and attention add: 4 FLOP a weight of the layers and token, 4 a weight of the head and
+trained token. With ``--runs`` everybody runs in turn so many times, and figures are medians.
 """
 
 from __future__ import annotations
@@ -20,41 +23,77 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.processes import in_process
 
 MODULE = "benchmarks.contestants"
-PEERS = ("trl", "trl-nockpt", "peft-loop")
+PEERS = ("trl", "trl-nockpt", "peft")
 WARM_UP = 2
 SAME_CURVE = 0.02  # mean |difference| after the first step, as a share of the mean loss: bfloat16's rounding, not more
 
 
-def run(job: dict[str, Any], peers: list[str]) -> dict[str, Any]:
-    """Prepares, then runs Veneer and each peer; returns everything that was measured."""
+def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
+    """Prepares, then runs Veneer and each peer in turn; returns everything that was measured."""
     folder = Path(job["folder"])
     prepared = in_process(MODULE, "prepare", job)
     job = {**job, "dtype": prepared["dtype"], "model_folder": prepared["model_folder"]}
+    peak = in_process(MODULE, "peak", job)["flops"]
     examples = json.loads((folder / "examples.json").read_text())
-    lengths = [len(example["input_ids"]) for example in examples]
-    tokens = [sum(lengths[at : at + job["batch"]]) for at in range(0, len(lengths), job["batch"])]
-    results = {name: figures(in_process(MODULE, name, job), tokens) for name in ["veneer", *peers]}
-    ours = results["veneer"]
+    tokens, trained = (_sums(job["batch"], [count(example) for example in examples]) for count in (_length, _trained))
+    every: dict[str, list[dict[str, Any]]] = {name: [] for name in ["veneer", *peers]}
+    for number in range(runs):
+        for name in every:
+            every[name].append(figures(in_process(MODULE, name, {**job, "run": number}), tokens))
+    flops = [4 * prepared["linear_weights"] * t + 4 * prepared["head_weights"] * n for t, n in zip(tokens, trained)][
+        WARM_UP:
+    ]
+    results = {name: middle(found) for name, found in every.items()}
+    for result in results.values():
+        result["trained_tokens_per_second"] = result["tokens_per_second"] * sum(trained) / sum(tokens)
+        result["share_of_peak"] = result["tokens_per_second"] * sum(flops) / sum(tokens[WARM_UP:]) / peak
     for name in peers:
-        theirs = results[name]
-        theirs["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        theirs["memory_ratio"] = ours["peak_rss_gb"] / theirs["peak_rss_gb"]
-        theirs["curve"] = compare_curves(ours, theirs)
+        pairs = list(zip(every["veneer"], every[name]))
+        results[name] |= {
+            "speed_ratio": median(o["tokens_per_second"] / t["tokens_per_second"] for o, t in pairs),
+            "memory_ratio": median(o["peak_rss_gb"] / t["peak_rss_gb"] for o, t in pairs),
+            "curve": compare_curves(results["veneer"], results[name]),
+        }
     settings = {
-        key: job[key] for key in ("base", "steps", "batch", "learning_rate", "seed", "dtype", "max_length", "threads")
+        key: job[key]
+        for key in ("base", "quantize", "steps", "batch", "learning_rate", "seed", "dtype", "max_length", "threads")
     }
-    packages = ("veneer", "torch", "transformers", "peft", "trl")
+    packages = ["veneer", "torch", "transformers"]
+    packages += ["peft", "trl"] if peers else []
+    packages += ["bitsandbytes"] if peers and job["quantize"] != "none" else []
     return {
-        "settings": {**settings, "data": job["label"], "rows": prepared["rows"], "tokens": sum(tokens)},
+        "settings": {**settings, "data": job["label"], "rows": prepared["rows"], "tokens": sum(tokens), "runs": runs},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "warm_up_steps": WARM_UP,
+        "peak_flops": peak,
         "results": results,
+        "ratios": {p: {"speed": results[p]["speed_ratio"], "memory": results[p]["memory_ratio"]} for p in peers},
     }
+
+
+def _length(example: dict[str, Any]) -> int:
+    return len(example["input_ids"])
+
+
+def _trained(example: dict[str, Any]) -> int:
+    return sum(label >= 0 for label in example["labels"])
+
+
+def _sums(batch: int, counts: list[int]) -> list[int]:
+    """What the rows of each step add up to."""
+    return [sum(counts[at : at + batch]) for at in range(0, len(counts), batch)]
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first run, which has the curves, with the medians of speed, memory and time over all runs."""
+    keys = ("tokens_per_second", "peak_rss_gb", "train_seconds", "first_step_seconds")
+    return {**runs[0], **{key: median(run[key] for run in runs) for key in keys}}
 
 
 def compare_curves(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -75,23 +114,25 @@ def compare_curves(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, An
 
 def figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
     """The result with its speed: real tokens a second, without the steps that warm up."""
-    steady = sum(result["seconds"][WARM_UP:])
-    return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / steady}
+    return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / sum(result["seconds"][WARM_UP:])}
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as plain text: one line per program, then the loss curves side by side."""
     results, settings = report["results"], report["settings"]
     lines = [
-        f"{settings['base']}, {settings['dtype']}, {settings['threads']} threads, batch {settings['batch']}, "
-        f"{settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens); "
-        f"speed from step {report['warm_up_steps'] + 1} on",
+        f"{settings['base']}, {settings['dtype']}, quantize {settings['quantize']}, {settings['threads']} threads, "
+        f"batch {settings['batch']}, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens); "
+        f"speed from step {report['warm_up_steps'] + 1} on; {settings['runs']} runs",
         "",
-        f"{'':12} {'tokens/s':>9} {'peak GB':>8} {'train s':>8}   Veneer is",
+        f"{'':12} {'tokens/s':>9} {'trained/s':>9} {'of peak':>8} {'peak GB':>8} {'first s':>8} {'train s':>8}"
+        "   Veneer is",
     ]
     for name, result in results.items():
         line = (
-            f"{name:12} {result['tokens_per_second']:9.0f} {result['peak_rss_gb']:8.2f} {result['train_seconds']:8.1f}"
+            f"{name:12} {result['tokens_per_second']:9.0f} {result['trained_tokens_per_second']:9.0f} "
+            f"{result['share_of_peak']:8.0%} {result['peak_rss_gb']:8.2f} "
+            f"{result['first_step_seconds']:8.1f} {result['train_seconds']:8.1f}"
         )
         if name != "veneer":
             line += f"   {result['speed_ratio']:.2f} x as fast, with {result['memory_ratio']:.2f} x the memory"
@@ -134,6 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sft", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peers", default="trl", help=f"comma-separated: {', '.join(PEERS)}; or none")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    parser.add_argument("--quantize", default="none", choices=["none", "nf4"])
+    parser.add_argument("--runs", type=int, default=1, help="of each, in turn; figures are medians")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=160, help="how many rows of the data to use")
     parser.add_argument("--data", type=Path, help="JSONL with prompt and answer; default: rows of the demo's task")
@@ -162,12 +205,12 @@ def main() -> None:
             first_rows(options.data, options.rows, rows)
         job = {
             **{key: getattr(options, key) for key in ("steps", "base", "dtype", "batch", "learning_rate", "seed")},
-            **{key: getattr(options, key) for key in ("max_length", "threads")},
+            **{key: getattr(options, key) for key in ("max_length", "threads", "quantize")},
             "rows": str(rows),
             "label": "the demo's task" if options.data is None else options.data.name,
             "folder": folder,
         }
-        report = run(job, peers)
+        report = run(job, peers, options.runs)
     print(json.dumps(report, indent=2) if options.json else table(report))
 
 

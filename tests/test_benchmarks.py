@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.sft import compare_curves, first_rows, table
+from benchmarks.sft import compare_curves, first_rows, middle, table
 
 ROOT = Path(__file__).parents[1]
 RATES = [1e-3, 5e-4, 0.0]
@@ -36,13 +36,21 @@ def test_another_learning_rate_in_one_step_is_seen() -> None:
 
 
 def test_the_table_has_ratios_both_curves_and_the_verdict() -> None:
-    ours = {"tokens_per_second": 600.0, "peak_rss_gb": 1.0, "train_seconds": 10.0, **curve([3.0, 2.0, 1.0])}
-    theirs = {"tokens_per_second": 150.0, "peak_rss_gb": 4.0, "train_seconds": 40.0, **curve([3.0, 2.5, 1.0])}
+    common = {"trained_tokens_per_second": 1.0, "share_of_peak": 0.5, "first_step_seconds": 3.0}
+    ours = {"tokens_per_second": 600.0, "peak_rss_gb": 1.0, "train_seconds": 10.0, **common, **curve([3.0, 2.0, 1.0])}
+    theirs = {"tokens_per_second": 150.0, "peak_rss_gb": 4.0, "train_seconds": 40.0, **common, **curve([3.0, 2.5, 1.0])}
     theirs |= {"speed_ratio": 4.0, "memory_ratio": 0.25, "curve": compare_curves(ours, theirs)}
     told = {"base": "b", "dtype": "float32", "threads": 2, "batch": 8, "steps": 3, "data": "d", "tokens": 1}
+    told |= {"quantize": "none", "runs": 1}
     text = table({"settings": told, "warm_up_steps": 2, "results": {"veneer": ours, "trl": theirs}})
     for part in ("4.00 x as fast", "0.25 x the memory", "2.0000     2.5000", "DIFFERENT", "from step 3 on"):
         assert part in text
+
+
+def test_figures_of_several_runs_are_medians_and_the_curve_is_the_first_ones() -> None:
+    keys = ("tokens_per_second", "peak_rss_gb", "train_seconds", "first_step_seconds")
+    runs = [{**dict.fromkeys(keys, value), "losses": [value]} for value in (5.0, 1.0, 2.0)]
+    assert middle(runs) == {**dict.fromkeys(keys, 2.0), "losses": [5.0]}
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import qlora_contestants as contestants
+from benchmarks.contestants import in_4_bits
 from benchmarks.memory import SHAPES, Shape
 from benchmarks.qlora import loading_allowance, table, target, targets
 
@@ -71,7 +72,7 @@ def test_bitsandbytes_gets_the_same_codes_as_we_do(tiny_base: Path) -> None:
 
     plain = AutoModelForCausalLM.from_pretrained(str(tiny_base), dtype=torch.float32)
     weights = {name: p.detach().clone() for name, p in plain.named_parameters() if "proj" in name}
-    model = contestants._quantised_by_bitsandbytes(plain, "float32")
+    model = in_4_bits({"dtype": "float32"})(plain)
     assert len(weights) == 14
     scales = 0
     for name, weight in weights.items():
