@@ -13,6 +13,7 @@ from veneer.adapters import LoraEmbedding, LoraLinear, SavedModule, TokenEmbeddi
 from veneer.adapters.init import init_embedding, init_linear
 from veneer.adapters.layers import LoraAdapter
 from veneer.adapters.tokens import head_with_rows, head_with_rows_reference
+from veneer.kernels.dropout import Dropout
 
 
 class Conv1D(nn.Module):
@@ -106,7 +107,7 @@ def test_dropout_acts_on_the_adapters_input_only_and_in_training_only():
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    dropped = F.dropout(x, 0.5)
+    dropped = Dropout.drawn(0.5)(x)
     expected = F.linear(x, weight, layer.bias) + 0.7 * (dropped @ adapter.A.t() @ adapter.B.t())
     torch.testing.assert_close(y, expected)
     assert layer.active_factors()[0].dropout == 0.5

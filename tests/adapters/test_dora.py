@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from veneer.adapters import LoraConfig, attach, dora, load_adapter, merge
 from veneer.adapters.layers import LoraLinear
 from veneer.errors import AdapterError
+from veneer.kernels.dropout import Dropout
 from veneer.quant import QuantConfig, QuantizedLinear
 from veneer.train.optimizer import FlatAdamW
 
@@ -130,7 +131,7 @@ def test_under_dropout_the_base_sees_the_whole_input_once(monkeypatch):
     torch.manual_seed(5)
     got = adapted(x)
     torch.manual_seed(5)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropped = Dropout.drawn(0.5)(x)
     g = adapter.magnitude / dense(layer).norm(dim=1).float()
     plain = x @ linear.weight.t() + adapter.scaling * dropped @ adapter.A.t() @ adapter.B.t()
     torch.testing.assert_close(got, g * plain + linear.bias)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.dora import square_norms
 from veneer.adapters.variant import Variant
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import Weight, as_tensor, matmul_weight
 from veneer.kernels.lora_linear import lora_linear
 from veneer.quant import QuantizedLinear
@@ -239,16 +240,18 @@ class LoraLinear(nn.Module):
         if not factors:
             return self.base_layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         only = factors[0]
-        if len(factors) == 1 and not only.dropout and self.is_plain(x):
+        if len(factors) == 1 and self.is_plain(x):
             weight = self.weight
             if self.transposed and isinstance(weight, Tensor):
                 weight = weight.t()
-            return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling, only.row_scale)
+            drop = Dropout.drawn(only.dropout)
+            return lora_linear(x, weight, self.bias, only.A, only.B, only.scaling, only.row_scale, drop)
         own = self.own_codes(self.active)
         base: Tensor = self.base_layer(x) if own is None else own(x)
         y = base
         for f in factors:
-            dropped = F.dropout(x, f.dropout) if f.dropout else x
+            drop = Dropout.drawn(f.dropout)
+            dropped = x if drop is None else drop(x)
             h = F.linear(dropped, f.A.to(x.dtype))
             change = (f.scaling * F.linear(h, f.B.to(x.dtype))).to(y.dtype)
             if f.row_scale is not None:

@@ -20,11 +20,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veneer.kernels.check import checked
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import Weight, add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.lora_linear import (
+    add_low_rank,
     lora_linear_reference,
     low_rank_forward,
     low_rank_grads,
+    masked,
     row_scale_grads,
     scale_rows,
     whole_rank,
@@ -43,6 +46,7 @@ class LowRankLinear:
     B: Tensor  # [out, r] float32
     scaling: float
     row_scale: Tensor | None = None  # [out] float32
+    drop: Dropout | None = None  # on what A sees; the same for linears that read the same rows
 
     @property
     def frozen(self) -> bool:
@@ -74,7 +78,7 @@ def gated_mlp_reference(
     """The operation in plain PyTorch; the oracle of :func:`gated_mlp`."""
 
     def linear(x: Tensor, p: LowRankLinear) -> Tensor:
-        return lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale)
+        return lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale, p.drop)
 
     return linear(activation(act, linear(x, gate)) * linear(x, up), down)
 
@@ -91,34 +95,43 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
     Returns:
         ``[..., d]`` in ``x``'s dtype.
     """
+    if gate.drop != up.drop:
+        raise ValueError("gate and up read the same rows: they need one draw of dropout")
     if not (gate.frozen and up.frozen and down.frozen):
         return gated_mlp_reference(x, gate, up, down, act)
     flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
-    result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop), *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, act: str, scalings: tuple[float, float, float], *operands: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        act: str,
+        scalings: tuple[float, float, float],
+        drops: tuple[Dropout | None, Dropout | None],
+        *operands: Any,
+    ) -> Tensor:
         wg, bg, Ag, Bg, rg, wu, bu, Au, Bu, ru, wd, bd, Ad, Bd, rd = operands
         sg, su, sd = scalings
         ag, bbg, au, bbu, ad, bbd = (t.to(x.dtype) for t in (Ag, Bg, Au, Bu, Ad, Bd))
         kg, ku, kd = (None if r is None else (r - 1).to(x.dtype) for r in (rg, ru, rd))
         flat = x.reshape(-1, x.shape[-1])
         stacked = torch.cat((ag, au))
-        hh = flat @ stacked.t()
+        hh = masked(flat, drops[0]) @ stacked.t()
         hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
         e = matmul_weight(flat, wg, bg if kg is None else None).addmm_(hg, bbg.t(), alpha=sg)
         g = matmul_weight(flat, wu, bu if ku is None else None).addmm_(hu, bbu.t(), alpha=su)
         m = activation(act, scale_rows(e, kg, bg)).mul_(scale_rows(g, ku, bu))
-        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, sd)
+        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, sd, drops[1])
         y = scale_rows(u, kd, bd)
-        trains_a = any(ctx.needs_input_grad[i] for i in (5, 10))
+        trains_a = any(ctx.needs_input_grad[i] for i in (6, 11))
         kept = (flat if trains_a else None, e, g, hh, hd, stacked, bbg, bbu, ad, bbd)
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases = (wg, wu, wd), (bg, bu)
-        ctx.act, ctx.scalings, ctx.dtypes = act, scalings, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
+        ctx.act, ctx.scalings, ctx.drops, ctx.dtypes = act, scalings, drops, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -133,8 +146,10 @@ class _GatedMlp(torch.autograd.Function):
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         a = activation(ctx.act, e)
         m = a * g
-        pd, dAd, dBd = low_rank_grads(flat, m if ctx.needs_input_grad[15] else None, hd, bd, sd)
-        dm = matmul_grad(flat, wd, out=m).addmm_(pd, ad, alpha=sd)  # m is not needed any more: its memory is reused
+        drop, drop_down = ctx.drops
+        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[16] else None, hd, bd, sd)
+        dm = matmul_grad(flat, wd, out=m)  # m is not needed any more: its memory is reused
+        dm = add_low_rank(dm, pd, ad, sd, drop_down)
         dg = a.mul_(dm)
         de = _activation_grad(ctx.act, dm.mul_(g), e)
         del a, m, dm, e, g
@@ -142,15 +157,15 @@ class _GatedMlp(torch.autograd.Function):
         dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
         pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
-        dAA = None if x is None else pp.t() @ x
+        dAA = None if x is None else pp.t() @ masked(x, drop)
         dBg = (de.t() @ hh[:, :rank]).mul_(sg)
         dBu = (dg.t() @ hh[:, rank:]).mul_(su)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = add_matmul_grad(matmul_grad(de, wg), dg, wu).addmm_(pp, stacked)
+            dx = add_low_rank(add_matmul_grad(matmul_grad(de, wg), dg, wu), pp, stacked, 1.0, drop)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         dAg, dAu = (None, None) if dAA is None else (dAA[:rank], dAA[rank:])
         grads = (dAg, dBg, dAu, dBu, dAd, dBd)
         gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes))
         gate, up, down = (None, None, gag, gbg, drg), (None, None, gau, gbu, dru), (None, None, gad, gbd, drd)
-        return dx, None, None, *gate, *up, *down
+        return dx, None, None, None, *gate, *up, *down

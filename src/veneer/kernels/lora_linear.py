@@ -1,17 +1,18 @@
 """A frozen linear with a low-rank update, as one differentiable operation.
 
-``y = g (x W^T + s (x A^T) B^T) + b``  (Hu et al. 2021, eq. 3; with a row scale g: Liu et al. 2024, eq. 5)
+``y = g (x W^T + s (D x A^T) B^T) + b``  (Hu et al. 2021, eq. 3; with a row scale g: Liu et al. 2024, eq. 5; with D, a
+mask of dropout on what A sees, else 1)
 
 The backward multiplies the small matrices first and never forms ``dW`` or ``B A``. With ``G = dY g``, one pass:
 
     P  = G B           [T, r]
-    dA = s P^T x       [r, in]
-    dB = s G^T h       [out, r]      with h = x A^T kept from the forward
-    dx = G W + s P A   [T, in]
+    dA = s P^T D x     [r, in]
+    dB = s G^T h       [out, r]      with h = D x A^T kept from the forward
+    dx = G W + D s P A [T, in]
     dg = sum over T of dY z / g      with z = g (x W^T + s h B^T) kept from the forward
 
 Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``z``, which
-without a bias is the output itself. A row whose scale is exactly zero gets no gradient of it.
+without a bias is the output itself; D is made again. A row whose scale is exactly zero gets no gradient of it.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank.
 """
 
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veneer.kernels.check import checked
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
 
 
@@ -36,9 +38,10 @@ def lora_linear_reference(
     B: Tensor,
     scaling: float,
     row_scale: Tensor | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """The operation in plain PyTorch, differentiable in everything; the oracle of :func:`lora_linear`."""
-    h = F.linear(x, A.to(x.dtype))
+    h = F.linear(x if drop is None else drop(x), A.to(x.dtype))
     y = F.linear(x, as_tensor(weight)) + scaling * F.linear(h, B.to(x.dtype))
     if row_scale is not None:
         y = y + (row_scale - 1).to(y.dtype) * y
@@ -54,6 +57,7 @@ def lora_linear(
     B: Tensor,
     scaling: float,
     row_scale: Tensor | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """``g (x W^T + scaling (x A^T) B^T) + b``.
 
@@ -66,14 +70,15 @@ def lora_linear(
         scaling: ``alpha / r``, or ``alpha / sqrt(r)``.
         row_scale: ``g [out]`` float32, or None for ones. Its difference from 1 is what acts: near 1, 16 bits would lose
             all but the first digits of it.
+        drop: dropout on what A sees, or None.
 
     Returns:
         ``[..., out]`` in ``x``'s dtype.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale)
+        return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale, drop)
     A, B = whole_rank(A, B, x.dtype)
-    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale, drop)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -90,10 +95,10 @@ def whole_rank(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def low_rank_forward(
-    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, s: float, drop: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(y [T, out], h [T, r])`` for flat ``x [T, in]``; every operand in ``x``'s dtype."""
-    h = x @ a.t()
+    h = masked(x, drop) @ a.t()
     y = matmul_weight(x, weight, bias)
     y.addmm_(h, b.t(), alpha=s)
     return y, h
@@ -104,10 +109,20 @@ def low_rank_grads(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(P [T, r], dA [r, in], dB [out, r])`` for ``dy [T, out]``; ``P = dY B`` serves both dA and dx.
 
-    Without ``x`` there is no dA: A is frozen.
+    ``x`` is what A saw. Without it there is no dA: A is frozen.
     """
     p = dy @ b
     return p, None if x is None else (p.t() @ x).mul_(s), (dy.t() @ h).mul_(s)
+
+
+def masked(x: Tensor, drop: Dropout | None) -> Tensor:
+    """What A sees of ``x``."""
+    return x if drop is None else drop.of(x)
+
+
+def add_low_rank(dx: Tensor, p: Tensor, a: Tensor, s: float, drop: Dropout | None) -> Tensor:
+    """``dX + D s P A`` in the place of ``dx [T, in]``."""
+    return dx.addmm_(p, a, alpha=s) if drop is None else drop.add(dx, (p @ a).mul_(s))
 
 
 def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -147,15 +162,16 @@ class _LoraLinear(torch.autograd.Function):
         B: Tensor,
         scaling: float,
         row_scale: Tensor | None,
+        drop: Dropout | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
         less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
-        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, a, b, scaling)
+        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, a, b, scaling, drop)
         y = scale_rows(u, less_one, bias)
         kept_x, z = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
         ctx.save_for_backward(kept_x, h, a, b, less_one, z)
-        ctx.weight, ctx.scaling, ctx.dtypes = weight, scaling, (A.dtype, B.dtype)
+        ctx.weight, ctx.scaling, ctx.drop, ctx.dtypes = weight, scaling, drop, (A.dtype, B.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -163,11 +179,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b, less_one, z = ctx.saved_tensors
         flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), z, less_one)
-        p, da, db = low_rank_grads(flat, x, h, b, ctx.scaling)
+        p, da, db = low_rank_grads(flat, None if x is None else masked(x, ctx.drop), h, b, ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = matmul_grad(flat, ctx.weight)
-            dx.addmm_(p, a, alpha=ctx.scaling)
+            dx = add_low_rank(matmul_grad(flat, ctx.weight), p, a, ctx.scaling, ctx.drop)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         da = None if da is None else da.to(ctx.dtypes[0])
-        return dx, None, None, da, db.to(ctx.dtypes[1]), None, dg
+        return dx, None, None, da, db.to(ctx.dtypes[1]), None, dg, None

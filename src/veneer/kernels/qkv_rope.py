@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
 from veneer.kernels.check import checked
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.gated_mlp import LowRankLinear
-from veneer.kernels.lora_linear import lora_linear_reference, row_scale_grads, scale_rows
+from veneer.kernels.lora_linear import add_low_rank, lora_linear_reference, masked, row_scale_grads, scale_rows
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -34,7 +35,7 @@ def qkv_rope_reference(
     size = cos.shape[-1]
 
     def project(p: LowRankLinear) -> Tensor:
-        y = lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale)
+        y = lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale, p.drop)
         return y.view(len(x), -1, size).transpose(0, 1)
 
     def turn(u: Tensor) -> Tensor:
@@ -56,10 +57,12 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
     Returns:
         ``[H, T, D]``, ``[K, T, D]`` and ``[K, T, D]``, contiguous.
     """
+    if not q.drop == k.drop == v.drop:
+        raise ValueError("the three read the same rows: they need one draw of dropout")
     if not (q.frozen and k.frozen and v.frozen):
         return qkv_rope_reference(x, q, k, v, cos, sin)
     flat = [t for p in (q, k, v) for t in p.operands(x.dtype)]
-    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), q.drop, *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -82,14 +85,20 @@ def _turn(u: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) 
 class _QkvRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, scalings: tuple[float, float, float], *operands: Any
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scalings: tuple[float, float, float],
+        drop: Dropout | None,
+        *operands: Any,
     ) -> Qkv:
         weights, biases, As, Bs, scales = (operands[i::5] for i in range(5))
         (rows, _), size = x.shape, cos.shape[-1]
         stacked = torch.cat([A.to(x.dtype) for A in As])
         bs = [B.to(x.dtype) for B in Bs]
         less_one = [None if g is None else (g - 1).to(x.dtype) for g in scales]
-        hh = x @ stacked.t()
+        hh = masked(x, drop) @ stacked.t()
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
         for i, h in enumerate(torch.split(hh, [B.shape[1] for B in Bs], 1)):
@@ -98,10 +107,10 @@ class _QkvRope(torch.autograd.Function):
             y = scale_rows(u, less_one[i], biases[i]).view(rows, -1, size).transpose(0, 1)
             outs.append(_turn(y, cos, sin, y.new_empty(y.shape)) if i < 2 else y.contiguous())
             kept.append(u if less_one[i] is not None and biases[i] is not None else None)
-        trains_a = any(ctx.needs_input_grad[4 + 5 * i + 2] for i in range(3))
+        trains_a = any(ctx.needs_input_grad[5 + 5 * i + 2] for i in range(3))
         scaled = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
         ctx.save_for_backward(x if trains_a else None, hh, stacked, cos, sin, *bs, *less_one, *kept, *scaled)
-        ctx.weights, ctx.scalings, ctx.dtypes = weights, scalings, [t.dtype for t in (*As, *Bs)]
+        ctx.weights, ctx.scalings, ctx.drop, ctx.dtypes = weights, scalings, drop, [t.dtype for t in (*As, *Bs)]
         q, k, v = outs
         return q, k, v
 
@@ -125,15 +134,15 @@ class _QkvRope(torch.autograd.Function):
             ps.append((flat @ bs[i]).mul_(ctx.scalings[i]))
             dBs.append((flat.t() @ h).mul_(ctx.scalings[i]))
         pp = torch.cat(ps, 1)
-        dAs: list[Tensor | None] = [None] * 3 if x is None else list(torch.split(pp.t() @ x, ranks))
+        dAs: list[Tensor | None] = [None] * 3 if x is None else list(torch.split(pp.t() @ masked(x, ctx.drop), ranks))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_grad(flats[0], ctx.weights[0])
             dx = add_matmul_grad(add_matmul_grad(dx, flats[1], ctx.weights[1]), flats[2], ctx.weights[2])
-            dx.addmm_(pp, stacked)
+            dx = add_low_rank(dx, pp, stacked, 1.0, ctx.drop)
         cast = [None if t is None else t.to(dtype) for t, dtype in zip((*dAs, *dBs), ctx.dtypes)]
         operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
-        return dx, None, None, None, *operands
+        return dx, None, None, None, None, *operands
 
 
 def _rows_first(t: Tensor, cos: Tensor, sin: Tensor, turned: bool, unit: bool = False) -> Tensor:

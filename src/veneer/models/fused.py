@@ -18,7 +18,7 @@ from veneer.kernels.gated_mlp import gated_mlp
 from veneer.kernels.rms_norm import rms_norm
 from veneer.models import attention
 from veneer.models.fused_attention import fuse_attention
-from veneer.models.low_rank import low_rank, zero_update
+from veneer.models.low_rank import low_rank_of, zero_update
 from veneer.quant import QuantizedLinear
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELU": "gelu", "GELUActivation": "gelu"}
@@ -49,12 +49,11 @@ class FusedGatedMlp(nn.Module):
         self.activation = act
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [low_rank(layer, x) for layer in (self.gate_proj, self.up_proj, self.down_proj)]
-        gate, up, down = parts
-        if gate is None or up is None or down is None:
+        first, last = low_rank_of([self.gate_proj, self.up_proj], x), low_rank_of([self.down_proj], x)
+        if first is None or last is None:
             out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return out
-        return gated_mlp(x, gate, up, down, self.activation)
+        return gated_mlp(x, first[0], first[1], last[0], self.activation)
 
 
 @dataclass

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from veneer.kernels.attention import document_attention
-from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.qkv_rope import qkv_rope
-from veneer.models.low_rank import low_rank, zero_update
+from veneer.models.low_rank import low_rank_of, zero_update
 from veneer.quant import QuantizedLinear
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -52,26 +51,20 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | Non
     x: Any = kwargs.get("hidden_states")
     turns, lengths = kwargs.get("position_embeddings"), kwargs.get("document_lengths")
     is_known = not args and x is not None and turns and lengths and kwargs.get("past_key_values") is None
-    parts = _parts(self, x) if is_known else None
+    parts = low_rank_of([getattr(self, name) for name in _PROJECTIONS], x) if is_known else None
     if parts is None or not turns or not lengths:
         own: tuple[Tensor, Tensor | None] = type(self).forward(self, *args, **kwargs)
         return own
     batch, length, _ = x.shape
     # Rows become documents of one long row.
     cos, sin = (t.expand(batch, length, -1).reshape(batch * length, -1) for t in turns)
-    q, k, v = qkv_rope(x.reshape(batch * length, -1), *parts, cos, sin)
+    q, k, v = qkv_rope(x.reshape(batch * length, -1), parts[0], parts[1], parts[2], cos, sin)
     arguments = self.__dict__[_ATTRIBUTE]
     scaling = arguments.get("scaling") or q.shape[-1] ** -0.5
     window, softcap = arguments.get("sliding_window"), arguments.get("softcap")
     prefix = kwargs.get("shared_prefix", 0)
     out = document_attention(q, k, v, list(lengths) * batch, scaling, window, softcap, prefix)
     return self.o_proj(out.transpose(0, 1).reshape(batch, length, -1)), None
-
-
-def _parts(block: Any, x: Tensor) -> tuple[LowRankLinear, LowRankLinear, LowRankLinear] | None:
-    """The operands of the three projections; None where one of them is not for the fused operation."""
-    q, k, v = (low_rank(getattr(block, name), x) for name in _PROJECTIONS)
-    return None if q is None or k is None or v is None else (q, k, v)
 
 
 def _looks_right(block: nn.Module) -> bool:

@@ -66,6 +66,34 @@ static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd
     }
 }
 
+// ---- dropout -------------------------------------------------------------------------------------------------------
+
+static inline std::uint32_t mixed(std::uint32_t h) {
+    h = (h ^ (h >> 16)) * 0x7feb352du;
+    h = (h ^ (h >> 15)) * 0x846ca68bu;
+    return h ^ (h >> 16);
+}
+
+// out = mask(x), or out + mask(x).
+template <class T>
+static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, int threads) {
+    const std::uint32_t low = std::uint32_t(seed), high = std::uint32_t(seed >> 32), least = std::uint32_t(threshold);
+    constexpr i64 CHUNK = 1 << 14;  // within one, the upper half of the index does not change
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 first = 0; first < count; first += CHUNK) {
+        const std::uint32_t start = std::uint32_t(first), upper = std::uint32_t(first >> 32);
+        const T* from = x + first;
+        T* to = out + first;
+        const int size = int(count - first < CHUNK ? count - first : CHUNK);
+#pragma omp simd
+        for (int i = 0; i < size; i++) {
+            std::uint32_t h = mixed(mixed((start + std::uint32_t(i)) ^ low ^ upper) + high);
+            float y = h >= least ? rounded<T>(get(from[i]) * scale) : 0.0f;
+            put(to[i], add ? get(to[i]) + y : y);
+        }
+    }
+}
+
 // ---- rotation of heads ---------------------------------------------------------------------------------------------
 
 // out[h, t] = R(t) in[h, t], or its inverse; both with strides of their own, in elements, and whole heads in a row.
@@ -154,6 +182,10 @@ static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int
     extern "C" void turn_##suffix(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size,      \
                                   i64 in_head, i64 in_row, i64 out_head, i64 out_row, float sign, int threads) {       \
         turn<T>(in, out, cos, sin, heads, rows, size, in_head, in_row, out_head, out_row, sign, threads);              \
+    }                                                                                                                  \
+    extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
+                                  int threads) {                                                                       \
+        drop<T>(x, out, count, seed, threshold, scale, add, threads);                                                  \
     }                                                                                                                  \
     extern "C" void softmax_##suffix(T* scores, i64 rows, i64 keys, i64 tile, i64 window, float scale,      \
                                      int threads) {                                                                    \

@@ -1,0 +1,119 @@
+"""Dropout by counter: the same mask in native code, in PyTorch and in every dtype; and it is a good one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels import native
+from veneer.kernels.dropout import Dropout
+from veneer.kernels.gated_mlp import LowRankLinear, gated_mlp, gated_mlp_reference
+from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
+from veneer.kernels.qkv_rope import qkv_rope, qkv_rope_reference
+
+BF16, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.description())
+
+
+def hashed(index: int, seed: int) -> int:
+    """The hash in plain whole numbers."""
+
+    def mixed(h: int) -> int:
+        h = ((h ^ (h >> 16)) * 0x7FEB352D) % 2**32
+        h = ((h ^ (h >> 15)) * 0x846CA68B) % 2**32
+        return h ^ (h >> 16)
+
+    return mixed((mixed(index % 2**32 ^ seed % 2**32 ^ index >> 32) + (seed >> 32)) % 2**32)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**62 - 1])
+def test_the_mask_is_the_hash(seed: int) -> None:
+    drop = Dropout(0.3, seed)
+    assert drop.mask(200).tolist() == [hashed(i, seed) >= int(0.3 * 2**32) for i in range(200)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (130, 257)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_code_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, ...], threads: int) -> None:
+    x, total = torch.randn(2, *shape).to(dtype).unbind()
+    drop, before = Dropout(0.1, 77 * 2**33 + 5), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ours = drop.of(x), drop.add(total.clone(), x)
+    torch.set_num_threads(before)
+    with native.left_out():
+        plain = drop.of(x), drop.add(total.clone(), x)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+    kept = drop.mask(x.numel()).view(shape)
+    assert torch.equal(ours[0] != 0, kept)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_the_mask_is_fair_and_its_neighbours_and_seeds_are_independent(p: float) -> None:
+    n = 200_000
+    masks = torch.stack([Dropout(p, seed).mask(n) for seed in (0, 1, 2, 2**40)]).double()
+    spread = (p * (1 - p) / n) ** 0.5
+    assert (masks.mean(1) - (1 - p)).abs().max() < 5 * spread
+    centred = (masks - (1 - p)) / (p * (1 - p)) ** 0.5
+    limit = 5 / n**0.5
+    for shift in (1, 2, 64, 576, 1536):
+        assert (centred[:, shift:] * centred[:, :-shift]).mean(1).abs().max() < limit
+    correlation = centred @ centred.t() / n
+    assert (correlation - torch.eye(4)).abs().fill_diagonal_(0).max() < limit
+
+
+def test_each_draw_is_another_one_and_follows_torchs_seed() -> None:
+    torch.manual_seed(3)
+    first, second = Dropout.drawn(0.2), Dropout.drawn(0.2)
+    torch.manual_seed(3)
+    assert Dropout.drawn(0.2) == first != second
+    assert Dropout.drawn(0.0) is None
+
+
+def test_its_gradient_has_the_same_mask() -> None:
+    drop, x = Dropout(0.4, 9), torch.randn(5, 6, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(drop, (x,))
+    assert torch.equal(drop(x) / x.detach(), torch.autograd.grad(drop(x).sum(), x)[0])
+
+
+def operands(outs: int, ins: int, drop: Dropout | None) -> LowRankLinear:
+    A, B, g = (torch.randn(s, dtype=DOUBLE, requires_grad=True) for s in ((3, ins), (outs, 3), (outs,)))
+    return LowRankLinear(torch.randn(outs, ins, dtype=DOUBLE), torch.randn(outs, dtype=DOUBLE), A, B, 0.7, g, drop)
+
+
+def assert_same(ours: list[Tensor], plain: list[Tensor], leaves: list[Tensor]) -> None:
+    upstream = [torch.randn_like(t) for t in plain]
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    for a, b in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(plain, leaves, upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_every_operation_gives_its_references_gradients_under_dropout() -> None:
+    x = torch.randn(7, 6, dtype=DOUBLE, requires_grad=True)
+    drop, other = Dropout(0.4, 11), Dropout(0.4, 12)
+    p = operands(8, 6, drop)
+    arguments = (x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale, drop)
+    assert_same([lora_linear(*arguments)], [lora_linear_reference(*arguments)], [x, p.A, p.B, p.row_scale])
+    assert not torch.allclose(lora_linear(*arguments), lora_linear(*arguments[:-1]))
+
+    parts = [operands(8, 6, drop), operands(8, 6, drop), operands(6, 8, other)]
+    leaves = [x, *(t for part in parts for t in (part.A, part.B, part.row_scale))]
+    assert_same([gated_mlp(x, *parts)], [gated_mlp_reference(x, *parts)], leaves)
+
+    parts = [operands(8, 6, drop), operands(4, 6, drop), operands(4, 6, drop)]
+    leaves = [x, *(t for part in parts for t in (part.A, part.B, part.row_scale))]
+    angle = torch.randn(7, 2, dtype=DOUBLE).repeat(1, 2)
+    turns = angle.cos(), angle.sin()
+    assert_same(list(qkv_rope(x, *parts, *turns)), list(qkv_rope_reference(x, *parts, *turns)), leaves)
+
+
+def test_linears_that_read_the_same_rows_need_one_draw() -> None:
+    x = torch.randn(7, 6, dtype=DOUBLE)
+    first, second = operands(8, 6, Dropout(0.4, 1)), operands(8, 6, Dropout(0.4, 2))
+    with pytest.raises(ValueError, match="one draw"):
+        gated_mlp(x, first, second, operands(6, 8, None))
+    with pytest.raises(ValueError, match="one draw"):
+        qkv_rope(x, first, first, second, torch.ones(7, 4, dtype=DOUBLE), torch.zeros(7, 4, dtype=DOUBLE))
