@@ -55,7 +55,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         examples.append({"input_ids": ids, "labels": labels})
     (folder / "examples.json").write_text(json.dumps(examples))
     dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
-    folder_of_base = str(_hugging_face_folder(job["base"], dtype))
+    folder_of_base = str(hugging_face_folder(job["base"], dtype))
     sizes = _sizes(base.module)
     return {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch, **sizes}
 
@@ -86,7 +86,7 @@ def peak(job: dict[str, Any]) -> dict[str, Any]:
     return {"flops": best}
 
 
-def _hugging_face_folder(base: str, dtype: str) -> Path:
+def hugging_face_folder(base: str, dtype: str) -> Path:
     """Where transformers finds the same weights as Veneer."""
     import torch
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import tempfile
@@ -173,7 +174,7 @@ def first_rows(source: Path, count: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sft", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--peers", default="trl", help=f"comma-separated: {', '.join(PEERS)}; or none")
+    parser.add_argument("--peers", help=f"comma-separated: {', '.join(PEERS)}; or none; default: what is installed")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument("--quantize", default="none", choices=["none", "nf4"])
     parser.add_argument("--runs", type=int, default=1, help="of each, in turn; figures are medians")
@@ -190,6 +191,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    if options.peers is None:
+        options.peers = ",".join(name for name in ("trl", "peft") if importlib.util.find_spec(name)) or "none"
     peers = [] if options.peers == "none" else options.peers.split(",")
     if unknown := [peer for peer in peers if peer not in PEERS]:
         parser.error(f"unknown peer '{unknown[0]}'; use some of {', '.join(PEERS)}, or none")

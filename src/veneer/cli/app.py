@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from veneer import __version__
-from veneer.cli import chat, data, demo, eval, generate, inspect, merge, recipe, resize, train, version
+from veneer.cli import bench, chat, data, demo, eval, generate, inspect, merge, recipe, resize, train, version
 from veneer.cli.guard import guarded
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("chat")(guarded(chat.chat))
 app.command("inspect")(guarded(inspect.inspect))
 app.command("resize")(guarded(resize.resize))
 app.command("merge")(guarded(merge.merge))
+app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(guarded(bench.bench))
 app.command("recipe")(guarded(recipe.recipe))
 app.command("version")(guarded(version.version))
 _data.command("check")(guarded(data.check))

@@ -1,0 +1,46 @@
+"""``veneer bench``: the benchmarks that lie beside the source."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+BENCHMARKS = {
+    "sft": "training against TRL and PEFT",
+    "qlora": "4 bits against bitsandbytes with PEFT",
+    "generation": "generation against transformers",
+    "variants": "the variants of LoRA against each other",
+    "quantisation": "what 4 and 8 bits lose",
+    "moe_memory": "experts by grouped products against dense deltas",
+}
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of " + ", ".join(BENCHMARKS) + ".")] = "sft",
+) -> None:
+    """Compare speed and memory with the peers that are installed. What follows NAME goes to the benchmark (--help)."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import veneer
+    from veneer.errors import UsageError, did_you_mean
+
+    if name not in BENCHMARKS:
+        known = "\n".join(f"  {key:<14}{text}" for key, text in BENCHMARKS.items())
+        raise UsageError(
+            f"unknown benchmark '{name}'", fix=f"{did_you_mean(name, BENCHMARKS) or 'use one of'}\n{known}"
+        )
+    source = Path(veneer.__file__).parents[2]  # of an editable installation
+    if not (source / "benchmarks" / f"{name}.py").is_file():
+        raise UsageError(
+            "the benchmarks come with the source, not with the installed package",
+            where=str(source),
+            fix="clone the repository, pip install -e it, and run veneer bench there",
+        )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *context.args]
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
