@@ -11,7 +11,7 @@ import pytest
 
 import veneer as package
 
-VERBS = ("demo", "train", "eval", "generate", "chat", "merge", "recipe", "version", "data")
+VERBS = ("demo", "train", "eval", "generate", "chat", "merge", "recipe", "version", "bench", "data")
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,14 @@ def test_the_recipe_command_lists_the_keys_and_fills_in_a_recipe(cli: Callable[.
     assert "\n  seed: 5 " in done.out
     (tmp_path / "again.yaml").write_text(done.out)
     assert cli("recipe", tmp_path / "again.yaml").out == done.out
+
+
+def test_bench_passes_its_arguments_on_and_names_the_benchmarks(cli: Callable[..., Any]) -> None:
+    done = cli("bench", "stf")
+    assert done.code == 2
+    assert "unknown benchmark 'stf'" in done.err
+    assert "sft" in done.err
+    command = [sys.executable, "-m", "veneer", "bench", "sft", "--peers", "axolotl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "unknown peer 'axolotl'" in done.stderr

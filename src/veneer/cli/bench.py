@@ -20,7 +20,11 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of " + ", ".join(BENCHMARKS) + ".")] = "sft",
 ) -> None:
-    """Compare speed and memory with the peers that are installed. What follows NAME goes to the benchmark (--help)."""
+    """Compare speed and memory with the peers that are installed.
+
+    What follows NAME goes to the benchmark: veneer bench sft --peers trl,peft --quantize nf4. Its own help comes with
+    veneer bench NAME -- --help.
+    """
     import os
     import subprocess
     import sys
@@ -31,9 +35,8 @@ def bench(
 
     if name not in BENCHMARKS:
         known = "\n".join(f"  {key:<14}{text}" for key, text in BENCHMARKS.items())
-        raise UsageError(
-            f"unknown benchmark '{name}'", fix=f"{did_you_mean(name, BENCHMARKS) or 'use one of'}\n{known}"
-        )
+        hint = did_you_mean(name, BENCHMARKS) or "use one of"
+        raise UsageError(f"unknown benchmark '{name}'", fix=f"{hint}\n{known}")
     source = Path(veneer.__file__).parents[2]  # of an editable installation
     if not (source / "benchmarks" / f"{name}.py").is_file():
         raise UsageError(
