@@ -80,8 +80,8 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     from veneer.kernels import attention, native
     from veneer.models import fuse
     from veneer.models.head import hidden_states
+    from veneer.train.activations import gradient_checkpointing
     from veneer.train.optimizer import FlatAdamW
-    from veneer.train.preflight import gradient_checkpointing
     from veneer.train.sft import sft
 
     torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     def loss() -> Tensor:
         return sft(model, batch).loss_sum
 
-    with native.left_out(), gradient_checkpointing(model, run.checkpointing):
+    with native.left_out(), gradient_checkpointing(model, "full" if run.checkpointing else "none"):
         attention._mask.cache_clear()  # else the masks of an earlier measurement would not be counted
         with LiveBytes() as forward:
             states = hidden_states(model, batch)

@@ -86,7 +86,7 @@ def test_gradient_checkpointing_computes_each_layer_twice_and_leaves_no_trace(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from veneer.models.head import answer_loss, hidden_states
-    from veneer.train.preflight import gradient_checkpointing
+    from veneer.train.activations import gradient_checkpointing
 
     base = load_base(recipe().base, dtype="float32", device="cpu")
     adapted = attach(base, LoraConfig(r=2), seed=0)
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_computes_each_layer_twice_and_leaves_no_trace(
 
     plain = gradients()
     assert calls == ["attention"]
-    with gradient_checkpointing(adapted.module, True):
+    with gradient_checkpointing(adapted.module, "full"):
         again = gradients()
     assert calls == ["attention"] * 3
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

@@ -2,7 +2,8 @@
 
 ``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
 
-Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases) and the rank-r rows;
+Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases; on demand computed again
+instead of kept) and the rank-r rows;
 ``act(e)`` and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]``
 tensors are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they
 read ``x`` once.
@@ -73,7 +74,7 @@ def _activation_grad(name: str, grad: Tensor, e: Tensor) -> Tensor:
 
 
 def gated_mlp_reference(
-    x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu"
+    x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu", recompute: bool = False
 ) -> Tensor:
     """The operation in plain PyTorch; the oracle of :func:`gated_mlp`."""
 
@@ -84,13 +85,16 @@ def gated_mlp_reference(
 
 
 @checked("gated MLP", gated_mlp_reference, "x", "A", "B", "row_scale")
-def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu") -> Tensor:
+def gated_mlp(
+    x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLinear, act: str = "silu", recompute: bool = False
+) -> Tensor:
     """``down(act(gate(x)) * up(x))``.
 
     Args:
         x: ``[..., d]`` in the base's dtype.
         gate, up: linears ``d -> f``; down: ``f -> d``; ranks may differ.
         act: one of :data:`ACTIVATIONS`.
+        recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them.
 
     Returns:
         ``[..., d]`` in ``x``'s dtype.
@@ -100,8 +104,17 @@ def gated_mlp(x: Tensor, gate: LowRankLinear, up: LowRankLinear, down: LowRankLi
     if not (gate.frozen and up.frozen and down.frozen):
         return gated_mlp_reference(x, gate, up, down, act)
     flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
-    result: Tensor = _GatedMlp.apply(x, act, (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    scalings, drops = (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop)
+    result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, *flat)  # type: ignore[no-untyped-call]  # torch's
     return result
+
+
+def _projected(
+    x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, s: float, less_one: Tensor | None
+) -> Tensor:
+    """``x W^T + s h B^T + b``; with a row scale it is scaled, and before its bias."""
+    y = matmul_weight(x, weight, bias if less_one is None else None).addmm_(h, b.t(), alpha=s)
+    return y if less_one is None else y.addcmul_(y, less_one)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -110,6 +123,7 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         act: str,
+        recompute: bool,
         scalings: tuple[float, float, float],
         drops: tuple[Dropout | None, Dropout | None],
         *operands: Any,
@@ -122,15 +136,16 @@ class _GatedMlp(torch.autograd.Function):
         stacked = torch.cat((ag, au))
         hh = masked(flat, drops[0]) @ stacked.t()
         hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
-        e = matmul_weight(flat, wg, bg if kg is None else None).addmm_(hg, bbg.t(), alpha=sg)
-        g = matmul_weight(flat, wu, bu if ku is None else None).addmm_(hu, bbu.t(), alpha=su)
-        m = activation(act, scale_rows(e, kg, bg)).mul_(scale_rows(g, ku, bu))
+        e = _projected(flat, wg, bg, hg, bbg, sg, kg)
+        g = _projected(flat, wu, bu, hu, bbu, su, ku)
+        m = activation(act, e if kg is None or bg is None else e + bg).mul_(g if ku is None or bu is None else g + bu)
         u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, sd, drops[1])
         y = scale_rows(u, kd, bd)
-        trains_a = any(ctx.needs_input_grad[i] for i in (6, 11))
-        kept = (flat if trains_a else None, e, g, hh, hd, stacked, bbg, bbu, ad, bbd)
+        trains_a = any(ctx.needs_input_grad[i] for i in (7, 12))
+        halves = (None, None) if recompute else (e, g)
+        kept = (flat if trains_a or recompute else None, *halves, hh, hd, stacked, bbg, bbu, ad, bbd)
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
-        ctx.weights, ctx.biases = (wg, wu, wd), (bg, bu)
+        ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
         ctx.act, ctx.scalings, ctx.drops, ctx.dtypes = act, scalings, drops, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -141,13 +156,16 @@ class _GatedMlp(torch.autograd.Function):
         wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
         rank = bg.shape[1]
+        if e0 is None:
+            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, sg, kg)
+            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, su, ku)
         flat = dy.reshape(-1, dy.shape[-1])
         flat, drd = row_scale_grads(flat, u, kd)
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         a = activation(ctx.act, e)
         m = a * g
         drop, drop_down = ctx.drops
-        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[16] else None, hd, bd, sd)
+        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[17] else None, hd, bd, sd)
         dm = matmul_grad(flat, wd, out=m)  # m is not needed any more: its memory is reused
         dm = add_low_rank(dm, pd, ad, sd, drop_down)
         dg = a.mul_(dm)
@@ -157,7 +175,7 @@ class _GatedMlp(torch.autograd.Function):
         dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
         pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
-        dAA = None if x is None else pp.t() @ masked(x, drop)
+        dAA = pp.t() @ masked(x, drop) if ctx.trains_a else None
         dBg = (de.t() @ hh[:, :rank]).mul_(sg)
         dBu = (dg.t() @ hh[:, rank:]).mul_(su)
         dx = None
@@ -168,4 +186,4 @@ class _GatedMlp(torch.autograd.Function):
         grads = (dAg, dBg, dAu, dBu, dAd, dBd)
         gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes))
         gate, up, down = (None, None, gag, gbg, drg), (None, None, gau, gbu, dru), (None, None, gad, gbd, drd)
-        return dx, None, None, None, *gate, *up, *down
+        return dx, None, None, None, None, *gate, *up, *down

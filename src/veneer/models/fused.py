@@ -47,13 +47,14 @@ class FusedGatedMlp(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
         self.activation = act
+        self.recompute = False  # in the backward, instead of keeping what lies between
 
     def forward(self, x: Tensor) -> Tensor:
         first, last = low_rank_of([self.gate_proj, self.up_proj], x), low_rank_of([self.down_proj], x)
         if first is None or last is None:
             out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
             return out
-        return gated_mlp(x, first[0], first[1], last[0], self.activation)
+        return gated_mlp(x, first[0], first[1], last[0], self.activation, self.recompute)
 
 
 @dataclass

@@ -216,7 +216,11 @@ class TrainRecipe(Section):
     neftune_noise_alpha: Positive | None = Field(
         default=None, description="NEFTune noise on the embeddings; null is none"
     )
-    gradient_checkpointing: bool = Field(default=False, description="compute activations twice to keep fewer of them")
+    gradient_checkpointing: bool | Literal["auto", "mlp"] = Field(
+        default="auto",
+        description="compute activations twice to keep fewer of them: true all, mlp those of gated MLPs, false none; "
+        "auto takes the least that fits into the memory that is free",
+    )
     seed: int = Field(default=0, description="seed of the adapter's start, the order of rows, dropout and noise")
     logging_steps: Count = Field(default=1, description="a line of metrics every so many steps")
     save_steps: Count | None = Field(

@@ -7,13 +7,19 @@ import torch
 from veneer.kernels import native
 from veneer.kernels.check import Finding, Watch
 from veneer.models import Base
-from veneer.recipe import TrainRecipe
 from veneer.runtime import cpu_bf16_time
+from veneer.train.activations import Level
 from veneer.train.layout import Layout
 from veneer.train.optimizer import FlatAdamW
 
+_LEVELS: dict[Level, str] = {
+    "none": "kept from the forward to the backward",
+    "mlp": "those of gated MLPs computed twice, the others kept",
+    "full": "computed twice; each layer keeps its input",
+}
 
-def explanation(base: Base, settings: TrainRecipe, layout: Layout, optimizer: FlatAdamW, watch: Watch) -> str:
+
+def explanation(base: Base, level: Level, layout: Layout, optimizer: FlatAdamW, watch: Watch) -> str:
     """How this run computes: device, dtype, fused blocks, layout, optimizer, and each operation against float32.
 
     Args:
@@ -24,9 +30,7 @@ def explanation(base: Base, settings: TrainRecipe, layout: Layout, optimizer: Fl
         "dtype": _dtype(base),
         "blocks": str(base.fused),
         "rows": _rows(layout),
-        "activations": "computed twice, the layers' inputs kept"
-        if settings.gradient_checkpointing
-        else "kept from the forward to the backward",
+        "activations": _LEVELS[level],
         "optimizer": optimizer.description,
     }
     if base.quantization is not None:

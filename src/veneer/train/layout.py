@@ -83,6 +83,14 @@ def micro_batches(indices: Sequence[int], dataset: TokenDataset, layout: Layout)
         yield collate_padded([dataset.row(indices[place]) for place in places], layout.pad_id)
 
 
+def most_tokens(dataset: TokenDataset, layout: Layout, rows_per_step: int) -> int:
+    """The most tokens that a micro-batch can have, padding included."""
+    longest = np.sort(np.asarray(dataset.lengths))[::-1]
+    if not layout.packing:
+        return int(longest[0]) * min(layout.micro_batch_rows, len(longest))
+    return max(int(longest[0]), min(layout.micro_batch_tokens, int(longest[:rows_per_step].sum())))
+
+
 def document_lengths(batch: Batch) -> list[int]:
     """The length of each row in the batch, in its order."""
     lengths = batch.document_lengths if batch.document_lengths is not None else batch.lengths

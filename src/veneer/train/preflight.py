@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.adapters import AdaptedModel, LoraConfig
 from veneer.adapters.settings import AdaLoraConfig
@@ -248,32 +244,3 @@ def check_packing(module: nn.Module, dataset: TokenDataset, device: torch.device
             fix="set train.packing=false: this model does not keep documents apart",
         )
     return difference
-
-
-@contextmanager
-def gradient_checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """While it is open, each decoder layer keeps its input alone and is computed again in the backward.
-
-    Non-reentrant, so that it works although the embeddings are frozen: the reentrant kind silently gives no gradient
-    when its input needs none. transformers' own switch would make the embeddings' output need one, for good.
-
-    Raises:
-        TrainError: the model has no layers that can be checkpointed.
-    """
-    if not enabled:
-        yield
-        return
-    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise TrainError(
-            f"{type(module).__name__} does not support gradient checkpointing",
-            fix="set train.gradient_checkpointing=false",
-        )
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.gradient_checkpointing, layer._gradient_checkpointing_func

@@ -28,6 +28,7 @@ from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import hardware, peak_rss_gb, release_memory, set_rng_state
+from veneer.train.activations import choose_level, gradient_checkpointing
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
     check_classifier,
@@ -43,13 +44,12 @@ from veneer.train.explain import explanation
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.hooks import step_hook
 from veneer.train.interrupt import StopRequest
-from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
+from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches, most_tokens
 from veneer.train.loop import Trainer, train_loop
 from veneer.train.loraplus import multipliers
 from veneer.train.optimizer import FlatAdamW, check_optimizer
 from veneer.train.preflight import (
     check_new_tokens,
-    gradient_checkpointing,
     make_plan,
     render_rows,
     seen_in_training,
@@ -133,13 +133,17 @@ class Session:
         objective = OBJECTIVES[self.recipe.objective]
         batch = few_tokens(self.dataset, self.layout).to(self.base.device)
         watch = self_check(adapted.module, objective, batch, every=self.strict)
+        tokens = most_tokens(self.dataset, self.layout, self.plan.rows_per_step // world.size)
+        level, note = choose_level(settings.gradient_checkpointing, adapted.module, objective, batch, tokens)
+        if note is not None:
+            self.progress.message(note, "warning")
         if self.explain:
-            self.progress.message(explanation(self.base, settings, self.layout, optimizer, watch))
+            self.progress.message(explanation(self.base, level, self.layout, optimizer, watch))
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
         state = self._restored(optimizer, hook, info) if resume and begun else TrainerState()
         with ExitStack() as stack:
-            stack.enter_context(gradient_checkpointing(adapted.module, settings.gradient_checkpointing))
+            stack.enter_context(gradient_checkpointing(adapted.module, level))
             record = self._open_record(info, state, overwrite) if world.is_main else SilentRecord()
             world.barrier()
             stop = StopRequest(record.message)
