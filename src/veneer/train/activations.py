@@ -89,8 +89,10 @@ def kept_bytes(module: nn.Module, objective: Objective, batch: Batch) -> int:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         ):
-            output = objective(module, batch)  # alive until all is counted: no storage is used twice
-            return sum(found.values()) if output.trained >= 0 else 0
+            output = objective(module, batch)
+            total = sum(found.values())
+            del output  # not before: a storage that is freed could be counted for another
+            return total
     finally:
         module.train(training)
 
