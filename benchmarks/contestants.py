@@ -157,7 +157,7 @@ def veneer(job: dict[str, Any]) -> dict[str, Any]:
             "dtype": job["dtype"],
             "device": "cpu",
             "quantize": job["quantize"],
-            "adapter": LORA,
+            "adapter": job.get("adapter", LORA),
             "data": {"train": job["rows"], "eval": None},
             "train": {
                 **TRAIN,

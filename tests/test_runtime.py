@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.runtime import keep_few_products, release_memory
+from veneer.runtime import keep_few_products, leaving_no_gaps, release_memory
 
 CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
@@ -27,6 +27,19 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     release_memory()
     assert resident() < held - 200e6
     assert all(piece.sum() == 16_000 for piece in kept)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own figures")
+def test_what_is_freed_meanwhile_leaves_no_gaps() -> None:
+    """As above, and without asking for anything back."""
+    release_memory()
+    with leaving_no_gaps():
+        pieces = [torch.ones(32_000) for _ in range(2000)]  # 128 kB each, 256 MB
+        kept = pieces[::100]
+        held = resident()
+        del pieces
+        assert resident() < held - 200e6
+    assert all(piece.sum() == 32_000 for piece in kept)
 
 
 def test_one_that_is_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -10,6 +11,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -111,7 +113,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 # glibc's; other libraries give back by themselves, or not at all.
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+_malloc_trim, _mallopt = (
+    getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None for name in ("malloc_trim", "mallopt")
+)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_ON_HEAP = 32 * 2**20  # where glibc's own threshold ends up, once large tensors have come and gone
 
 
 def trim_heap() -> None:
@@ -124,6 +130,24 @@ def release_memory() -> None:
     """Drops what only circles hold, and gives it back to the system."""
     gc.collect()
     trim_heap()
+
+
+@contextlib.contextmanager
+def leaving_no_gaps() -> Iterator[None]:
+    """While it is open, memory from 64 KB on is mapped by itself, and back with the system as soon as it is freed.
+
+    Slower, but what comes after finds a heap without gaps: an adapter's start from data takes other sizes than a step,
+    and what small things pin of its memory a step cannot use (SmolLM2: 0.12 of 1.45 GB).
+    """
+    if _mallopt is None:
+        yield
+        return
+    _mallopt(_M_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+        _mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
 
 
 def keep_few_products() -> None:

@@ -27,7 +27,7 @@ from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
-from veneer.runtime import hardware, peak_rss_gb, release_memory, set_rng_state
+from veneer.runtime import hardware, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
 from veneer.train.activations import choose_level, gradient_checkpointing
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
@@ -208,7 +208,8 @@ class Session:
         objective, device = OBJECTIVES[self.recipe.objective], self.base.device
         seed = self.recipe.train.seed
         say = self.progress.message
-        say(start_from_rows(adapted, self.dataset, self.layout, batches, objective, device, seed, self.world))
+        with leaving_no_gaps():
+            say(start_from_rows(adapted, self.dataset, self.layout, batches, objective, device, seed, self.world))
 
     @cached_property
     def folder(self) -> RunFolder:
