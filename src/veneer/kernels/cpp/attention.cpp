@@ -112,9 +112,9 @@ Keys keys_of(const Shape& s, i64 document) {
     return {shared, first, shared + s.starts[document + 1] - first};
 }
 
-// Of the query at key `at`: the softmax of its scores, in place; zero from the first key that it does not see up to
-// `width`, and before its window.
-inline void weigh(float* row, i64 at, i64 width, const Shape& s) {
+// Of the query at key `at`: the exponentials of its scores, in place, and what makes a softmax of them; zero from the
+// first key that it does not see up to `width`, and before its window.
+inline float weigh(float* row, i64 at, i64 width, const Shape& s) {
     i64 end = at + 1, begin = s.window > 0 && end > s.window ? end - s.window : 0;
     float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
@@ -124,16 +124,29 @@ inline void weigh(float* row, i64 at, i64 width, const Shape& s) {
         row[j] = exp_(s.scale * (row[j] - top));
         sum += row[j];
     }
-    float each = 1.0f / sum;
-#pragma omp simd
-    for (i64 j = begin; j < end; j++) row[j] *= each;
     std::fill(row, row + begin, 0.0f);
     std::fill(row + end, row + width, 0.0f);
+    return 1.0f / sum;
 }
 
 inline void narrow(const float* from, bf16* to, i64 count) {
-#pragma omp simd
-    for (i64 j = 0; j < count; j++) put(to[j], from[j]);
+    i64 j = 0;
+    for (; j + 2 * LANES <= count; j += 2 * LANES) {
+        __m512 low = _mm512_loadu_ps(from + j), high = _mm512_loadu_ps(from + j + LANES);
+        _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    for (; j < count; j++) put(to[j], from[j]);
+}
+
+// Two rows as one of pairs; without a second one it is zero. `count` is a multiple of 16.
+inline void interleave(const float* even, const float* odd, Pair* out, i64 count) {
+    for (i64 j = 0; j < count; j += LANES) {
+        auto wide = [](const float* x) {
+            return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
+        };
+        __m512i high = odd ? _mm512_slli_epi32(wide(odd + j), 16) : _mm512_setzero_si512();
+        _mm512_storeu_si512(out + j, _mm512_or_si512(wide(even + j), high));
+    }
 }
 
 void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Shape& s, int threads) {
@@ -158,12 +171,15 @@ void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sha
                 const bf16* qt = q + of_head + (keys.first + row) * s.size;
                 product((const StoredPair*)qt, s.size / 2, 1, kt.data(), ld, scores.data(), ld, rows, width, s.size / 2,
                         false);
+                float each[TILE];
                 for (i64 i = 0; i < rows; i++) {
-                    weigh(scores.data() + i * ld, keys.shared + row + i, width, s);
+                    each[i] = weigh(scores.data() + i * ld, keys.shared + row + i, width, s);
                     narrow(scores.data() + i * ld, p.data() + i * ld, width);
                 }
                 product((const StoredPair*)p.data(), ld / 2, 1, vp.data(), s.size, sums.data(), s.size, rows, s.size,
                         (seen + 1) / 2, false);
+                for (i64 i = 0; i < rows; i++)
+                    for (i64 d = 0; d < s.size; d++) sums[i * s.size + d] *= each[i];
                 narrow(sums.data(), out + of_head + (keys.first + row) * s.size, rows * s.size);
             }
         }
@@ -204,23 +220,21 @@ void attention_back(const bf16* q, const bf16* k, const bf16* v, const bf16* dou
                         s.size / 2, false);
                 for (i64 i = 0; i < rows; i++) {
                     float *w = scores.data() + i * ld, *d = slopes.data() + i * ld, sum = 0.0f;
-                    weigh(w, keys.shared + row + i, width, s);
+                    float each = weigh(w, keys.shared + row + i, width, s);
 #pragma omp simd reduction(+ : sum)
-                    for (i64 j = 0; j < width; j++) sum += w[j] * d[j];
+                    for (i64 j = 0; j < width; j++) {
+                        w[j] *= each;
+                        sum += w[j] * d[j];
+                    }
 #pragma omp simd
                     for (i64 j = 0; j < width; j++) d[j] = s.scale * (w[j] * (d[j] - sum));
                     narrow(d, g.data() + i * ld, width);
                 }
                 for (i64 i = 0; i < rows; i += 2) {  // pairs of rows, for the products over rows
-                    bool odd = i + 1 < rows;
                     const float *w = scores.data() + i * ld, *d = slopes.data() + i * ld;
-                    Pair *to_w = wt.data() + i / 2 * ld, *to_d = gt.data() + i / 2 * ld;
-#pragma omp simd
-                    for (i64 j = 0; j < width; j++) {
-                        bf16 a, b, c, e;
-                        put(a, w[j]), put(b, odd ? w[ld + j] : 0.0f), put(c, d[j]), put(e, odd ? d[ld + j] : 0.0f);
-                        to_w[j] = join(a, b), to_d[j] = join(c, e);
-                    }
+                    bool odd = i + 1 < rows;
+                    interleave(w, odd ? w + ld : nullptr, wt.data() + i / 2 * ld, width);
+                    interleave(d, odd ? d + ld : nullptr, gt.data() + i / 2 * ld, width);
                 }
                 product((const StoredPair*)g.data(), ld / 2, 1, kp.data(), s.size, sums.data(), s.size, rows, s.size,
                         (seen + 1) / 2, false);

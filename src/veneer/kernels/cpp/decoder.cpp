@@ -95,8 +95,8 @@ inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, floa
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for M rows of x from `m` on and the
-// rows of w from `begin` to `end`.
+// finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on and
+// the rows of w from `begin` to `end`.
 template <int M, int N, class T, class Finish>
 inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
     float sums[M * N];
@@ -208,7 +208,8 @@ template <class T>
 void attend(const Step<T>& s, const Layer<T>& layer, i64 row, i64 key_head, const T* q, T* out, float* scores) {
     const T* keys = layer.keys + row * s.key_row + key_head * s.key_head;
     const T* values = layer.values + row * s.key_row + key_head * s.key_head;
-    const i64 *seen = s.mask ? s.mask + row * s.mask_row : nullptr, count = s.length + 1, groups = s.heads / s.key_heads;
+    const i64* seen = s.mask ? s.mask + row * s.mask_row : nullptr;
+    const i64 count = s.length + 1, groups = s.heads / s.key_heads;
     i64 first = 0;
     while (seen && first < count - 1 && !seen[first]) first++;
     std::vector<float> sums(s.head);
