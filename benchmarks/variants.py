@@ -8,8 +8,9 @@ Each run is a process of its own. Its result goes into ``--results`` at once, so
 was: what the file holds is not run again. ``--write`` makes the page and its pictures from the file alone.
 
 A method's learning rate is the one of ``--rates`` with the lowest held-out loss at the first seed, on rows that are not
-reported; the other seeds then run at it, and so does the second task. A method that fails is recorded with its error,
-and the others go on. ``--workers 2 --threads 1`` makes two runs at a time, sooner done than one after another.
+reported; where that is the largest, larger ones are tried too. The other seeds then run at it, and so does the second
+task. A method that fails is recorded with its error, and the others go on. ``--workers 2 --threads 1`` makes two runs
+at a time, sooner done than one after another.
 
 ``--cost`` compares step time and memory instead: a method and its reference train in turn, block by block.
 """
@@ -37,6 +38,7 @@ from benchmarks.variants_results import Record, Results, key_of
 
 MODULE = "benchmarks.variants_run"
 RATES = (1e-4, 2.7e-4, 7.5e-4, 2e-3)
+HIGHER_RATES = (5.5e-3, 1.5e-2)  # tried where the largest before was the best
 PROBE_STEPS = 4
 QUICK_SETTINGS: dict[str, Any] = {
     "seeds": 1,
@@ -120,10 +122,22 @@ class Bench:
         searching = [method for method in methods if method.rate_of is None]
         bases = [self.record_of(task, None, 0, 0.0) for task in tasks]
         yield [*bases, *(self.record_of(first, method, 0, rate) for method in searching for rate in self.rates)]
+        tried = list(self.rates)
         common = {**self.common, "rows": first.digest}
-        mine = [r for r in self.results if r["task"] == first.label and r.get("common") == common]
-        mine = [r for r in mine if r["learning_rate"] in self.rates]
-        rates = {method.name: chosen_rate(method.name, mine) for method in methods}
+
+        def best() -> dict[str, float | None]:
+            mine = [r for r in self.results if r["task"] == first.label and r.get("common") == common]
+            mine = [r for r in mine if r["learning_rate"] in tried]
+            return {method.name: chosen_rate(method.name, mine) for method in methods}
+
+        rates = best()
+        for rate in HIGHER_RATES if len(tried) > 1 else ():
+            rising = [method for method in searching if rates[method.name] == max(tried)]
+            if rate <= max(tried) or not rising:
+                continue
+            yield [self.record_of(first, method, 0, rate) for method in rising]
+            tried.append(rate)
+            rates = best()
         for seed in range(self.seeds):
             for task in tasks:
                 yield [self.record_of(task, m, seed, rate) for m in methods if (rate := rates[m.name]) is not None]

@@ -11,6 +11,7 @@ from benchmarks.variants_results import Record
 
 # Changes of size, of layers or of length, which are no variants of the method.
 _NOT_VARIANTS = {*RANKS, *LENGTHS, "lora-qv"}
+STILL_FALLING = 0.05  # of the loss, from the rate before the last one to the last
 
 
 def advice(found: Findings) -> list[str]:
@@ -150,7 +151,27 @@ def _learning_rate(tasks: Mapping[str, Outcomes]) -> list[str]:
         if any(abs(ratio - 1) > 0.01 for ratio in r)
     ]
     rest = f"; {', '.join(other)}; the others the same" if other else "; the variants' were the same"
-    return [f"**Learning rate**: LoRA's best was {lora}{rest}. Search it again when you change the method."]
+    told = [f"**Learning rate**: LoRA's best was {lora}{rest}. Search it again when you change the method."]
+    still = _still_falling(tasks)
+    if still:
+        told.append(
+            "**Not searched far enough**: at the largest rate that was tried, the loss still fell for "
+            f"{', '.join(still)}, in percent of that at the rate before. A longer search may place them better."
+        )
+    return told
+
+
+def _still_falling(tasks: Mapping[str, Outcomes]) -> list[str]:
+    """Methods whose best rate was the largest, and by how much the loss fell to it, the steepest first."""
+    falls: dict[str, float] = {}
+    for outcomes in tasks.values():
+        for name in _variants(tasks):
+            losses = outcomes[name].by_rate
+            if len(losses) > 1 and outcomes[name].rate == max(losses):
+                before = losses[sorted(losses)[-2]]
+                falls[name] = max(falls.get(name, 0.0), 1 - losses[outcomes[name].rate] / before)
+    steep = sorted((name for name in falls if falls[name] >= STILL_FALLING), key=lambda name: -falls[name])
+    return [f"{METHODS[name].label} ({falls[name]:.0%})" for name in steep]
 
 
 def _memory(tasks: Mapping[str, Outcomes], costs: Mapping[str, Record]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -218,6 +219,31 @@ def test_the_second_task_takes_the_rates_of_the_first(
     told = page(findings(bench.results))
     assert "chose each method's learning rate" in told
     assert "The learning rates were not searched here" in told
+
+
+def test_larger_rates_are_tried_where_the_largest_was_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, float]] = []
+    best = {"use_dora": 1e-4, "use_rslora": 1.5e-2}  # LoRA's is 5.5e-3
+
+    def in_process(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+        if name == "base":
+            return {key: value for key, value in record().items() if key in FIGURES}
+        setting = next((key for key in best if job["adapter"].get(key)), "")
+        made.append((setting, job["learning_rate"]))
+        distance = abs(math.log(job["learning_rate"] / best.get(setting, 5.5e-3)))
+        return {key: value for key, value in record(change=distance).items() if key in FIGURES}
+
+    monkeypatch.setattr(variants, "in_process", in_process)
+    tasks = [Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")]
+    bench = bench_of(Results(None), tmp_path, seeds=2)
+    assert bench.measure_all(tasks, chosen(["dora", "rslora"]), record()["machine"])
+    at = {setting: [rate for name, rate in made if name == setting] for setting in ("", *best)}
+    assert at["use_dora"] == [1e-4, 1e-3, 1e-4]
+    assert at[""] == [1e-4, 1e-3, 5.5e-3, 1.5e-2, 5.5e-3]
+    assert at["use_rslora"] == [1e-4, 1e-3, 5.5e-3, 1.5e-2, 1.5e-2]
+    told = page(findings(bench.results))
+    assert "| DoRA | 0.0001 (edge) | 2 |" in told
+    assert "| LoRA, r 16 | 0.0055 | 2 |" in told
 
 
 def test_when_the_minutes_are_over_no_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +470,16 @@ def test_the_smallest_rank_that_is_not_worse_is_enough() -> None:
 def test_loftq_is_advised_against_lora_over_nf4(change: float, said: str) -> None:
     text = advised(runs("qlora", change=3.0), runs("loftq", change=3.0 + change))
     assert f"**Over a base in 4 bits**, LoftQ's start {said}" in text
+
+
+def test_a_method_whose_loss_still_fell_at_the_largest_rate_is_named() -> None:
+    tried = [record("adalora", 0, rate, change=change) for rate, change in ((1e-4, 3.0), (1e-3, 0.0))]
+    flat = [record("dora", 0, rate, change=change) for rate, change in ((1e-4, 0.01), (1e-3, 0.0))]
+    text = advised(tried, runs("adalora")[1:], flat, runs("dora")[1:])
+    (told,) = (line for line in text.splitlines() if line.startswith("**Not searched far enough**"))
+    assert "the loss still fell for AdaLoRA, r 24 to 16 (2" in told
+    assert "DoRA" not in told
+    assert "Not searched far enough" not in advised(flat, runs("dora")[1:])
 
 
 def test_nothing_measured_advises_nothing() -> None:
