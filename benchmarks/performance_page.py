@@ -133,7 +133,7 @@ def _generation(record: Record) -> str:
             f"{record['target']:g} times."
         ),
         "",
-        "| rows at once | adapter | Veneer | transformers | ratio | memory | same texts |",
+        "| rows at once | adapter | Veneer | transformers | ratio | memory | texts part after |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
     for entry in record["results"]:
@@ -141,9 +141,12 @@ def _generation(record: Record) -> str:
         lines.append(
             f"| {entry['rows']} | {'yes' if entry['adapter'] else 'no'} | {entry['veneer']:.0f} "
             f"| {entry['transformers']:.0f} | {entry['ratio']:.2f} x{mark} | {entry['memory_ratio']:.2f} x "
-            f"| {entry['same_texts']:.0%} |"
+            f"| {entry['same']:.0%} |"
         )
-    lines += ["", "Texts part where two words are equally likely but for rounding in bfloat16."]
+    lines += [
+        "",
+        "Texts part where two tokens are equally likely but for rounding in bfloat16; in float32 they are the same.",
+    ]
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def peers(quantize: str, speed: float) -> dict[str, Any]:
 
 def records() -> dict[str, Any]:
     machine = {"processor": "x86_64", "features": ["avx2"], "threads": 2, "memory_gb": 24.0, "torch": "2"}
-    entry = {"rows": 1, "adapter": True, "veneer": 50.0, "transformers": 30.0, "ratio": 1.7, "same_texts": 1.0}
+    entry = {"rows": 1, "adapter": True, "veneer": 50.0, "transformers": 30.0, "ratio": 1.7, "same": 0.4}
     ratio = {"step_ratio": 1.2, "step_low": 1.1, "step_high": 1.3, "memory_ratio": 1.0, "limit": 1.15}
     point = {"axis": "length", "tokens": 4096.0, "trained": 1.0, "tokens_per_second": 500.0, "peak_rss_gb": 2.0}
     generation = {"settings": {"tokens": 64}, "target": 2.0, "results": [{**entry, "memory_ratio": 0.9}]}

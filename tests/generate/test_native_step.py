@@ -115,15 +115,19 @@ def test_biases_as_qwen_has_them(family: Callable[[str], Any], prompts: list[lis
     assert difference(family("Qwen2").base.module, prompts) <= NEAR[FLOAT]
 
 
-def test_the_first_step_proves_it_and_the_rest_are_native(
+def test_the_first_step_of_all_proves_it_and_the_rest_are_native(
     base: Base, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
     own, ours = Decoder._forward, NativeStep.__call__
     monkeypatch.setattr(Decoder, "_forward", lambda self, *args: (called.append("model"), own(self, *args))[1])
     monkeypatch.setattr(NativeStep, "__call__", lambda self, *args: (called.append("native"), ours(self, *args))[1])
+    base.module.__dict__.pop("_veneer_step_is_right", None)
     generate(base, prompts[:2], max_new_tokens=6, stop_token_ids=())
     assert called == ["model", "native", "model", *["native"] * 4]
+    called.clear()
+    generate(base, prompts[:2], max_new_tokens=6, stop_token_ids=())
+    assert called == ["model", *["native"] * 5]
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Gemma3", "Phi3", "GPTNeoX", "GPT2", "Lfm2"])
@@ -154,8 +158,9 @@ def test_a_multiplier_that_no_part_shows_is_found_by_the_first_step(tiny_base: P
 def test_what_it_cannot_take_goes_through_the_model(base: Base) -> None:
     with native.left_out():
         assert NativeStep.of(base.module) is None
-    with base.module.model.layers[1].mlp.up_proj.register_forward_hook(lambda *args: None):
-        assert NativeStep.of(base.module) is None
+    for part in (base.module.model.layers[1].mlp.up_proj, base.module.model.layers[0], base.module.model):
+        with part.register_forward_hook(lambda *args: None):
+            assert NativeStep.of(base.module) is None
     adapted = trained(base, lora_dropout=0.5)
     with inference(adapted.module):
         assert NativeStep.of(adapted.module) is not None  # nothing is dropped while decoding

@@ -1,8 +1,8 @@
 """Decoding one token of every row in native code, for a model that is found to be put together as it computes.
 
 Recognised by structure (fused attention without window or cap, gated MLP, RMSNorm, plain linears with one adapter at
-most), and taken only when the first token has shown that it gives what the model gives, after one layer and after all:
-a multiplier on a residual, or another order of norms, cannot be seen from the parts.
+most), and taken only when a token has shown that it gives what the model gives, after one layer and after all: a
+multiplier on a residual, or another order of norms, cannot be seen from the parts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veneer.models.fused_attention import attention_arguments
 
 MOST_ROWS = 32  # beyond, products in blocks are faster
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_REFUSED = "_veneer_step_refused"  # on a module that was found to compute something else
+_VERDICT = "_veneer_step_is_right"  # on a module: what the comparison has shown
 # |ours - the model's| / |the model's|: after one layer, and of the logits, where the layers' rounding has added up.
 _TOLERANCES = {torch.bfloat16: (0.02, 0.2), torch.float32: (1e-4, 1e-3)}
 
@@ -38,12 +38,12 @@ class NativeStep:
         self._module, self._step = module, step
         self._decoder = module.get_decoder()
         self._head = module.get_output_embeddings()
-        self.proven = False
+        self.proven = bool(getattr(module, _VERDICT, False))
 
     @classmethod
     def of(cls, module: Any) -> NativeStep | None:
         """The step of ``module``; None where it is not known how it computes, or native code cannot."""
-        if getattr(module, _REFUSED, False) or not hasattr(module, "get_decoder"):
+        if not getattr(module, _VERDICT, True) or not hasattr(module, "get_decoder") or _is_hooked(module):
             return None
         step = _recognised(module.get_decoder())
         return None if step is None else cls(module, step)
@@ -68,7 +68,7 @@ class NativeStep:
         layers: Sequence[BufferLayer],
         mask: Tensor | None,
     ) -> Tensor:
-        """A step by the model and by native code: the model's logits. A model that is not this one is not asked again.
+        """A step by the model and by native code: the model's logits. What it shows is noted on the model.
 
         Args:
             model: the step as the model takes it.
@@ -87,8 +87,7 @@ class NativeStep:
         after_one, after_all = _TOLERANCES[ours.dtype]
         same = _difference(alone, self._decoder.norm(first)[:, -1]) <= after_one
         self.proven = same and _difference(ours, logits) <= after_all
-        if not self.proven:
-            setattr(self._module, _REFUSED, True)
+        setattr(self._module, _VERDICT, self.proven)
         return logits
 
     def _hidden(
@@ -106,6 +105,13 @@ class NativeStep:
 
 def _difference(ours: Tensor, model: Tensor) -> float:
     return float((ours.float() - model.float()).norm() / model.float().norm())
+
+
+def _is_hooked(module: Any) -> bool:
+    """Somebody listens to a part that native code passes over."""
+    decoder = module.get_decoder()
+    inner = [part for layer in getattr(decoder, "layers", ()) for part in layer.modules()]
+    return any(part._forward_hooks or part._forward_pre_hooks for part in (module, decoder, *inner))
 
 
 def _recognised(decoder: Any) -> DecoderStep | None:
@@ -151,7 +157,7 @@ def _linear(layer: Any, like: Tensor) -> StepLinear | None:
     adapted = isinstance(layer, LoraLinear)
     if adapted and (layer.transposed or not layer.is_plain(like)):
         return None
-    if not adapted and (type(layer) is not nn.Linear or "forward" in layer.__dict__ or layer._forward_hooks):
+    if not adapted and (type(layer) is not nn.Linear or "forward" in layer.__dict__):
         return None
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor) or not native.can_take(like, weight, *([] if bias is None else [bias])):
