@@ -80,14 +80,16 @@ def transformers(job: Job) -> Result:
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, str(Path(job["folder"]) / "adapter"))
     model.eval()
-    length = {"max_new_tokens": job["tokens"], "min_new_tokens": job["tokens"]}
+    model.generation_config.eos_token_id = None  # no row ends early
 
     @torch.no_grad()
     def write(prompts: list[list[int]]) -> list[list[int]]:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-        found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
+        found = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, max_new_tokens=job["tokens"]
+        )
         return [row[width:].tolist() for row in found]
 
     return _timed(job, write)

@@ -39,9 +39,9 @@ struct Step {
     float eps, scaling;
 };
 
-// sums[m * N + n] = x[m] . w[n], for M rows of x and N rows of w.
+// sums[m * N + n] = x[m] . w[n], for M rows of x and N rows of w. Meanwhile the first rows of `next` are fetched.
 template <int M, int N>
-inline void dots(const float* x, i64 ldx, const float* w, i64 ldw, i64 depth, float* sums) {
+inline void dots(const float* x, i64 ldx, const float* w, i64 ldw, i64 depth, float* sums, const float*, int) {
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
             const float *left = x + m * ldx, *right = w + n * ldw;
@@ -72,10 +72,11 @@ inline __m512 sums_of(const __m512* v) {
 }
 
 template <int M, int N>
-inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, float* sums) {
+inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, float* sums, const bf16* next, int fetch) {
     __m512 parts[16];
     for (auto& part : parts) part = _mm512_setzero_ps();
     auto add = [&](i64 k, auto load) {
+        for (int i = 0; i < fetch; i++) __builtin_prefetch(next + i * ldw + k);
         __m512bh left[M], right[N];
         for (int m = 0; m < M; m++) left[m] = (__m512bh)load(x + m * ldx + k);
         for (int n = 0; n < N; n++) right[n] = (__m512bh)load(w + n * ldw + k);
@@ -95,14 +96,15 @@ inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, floa
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on and
-// the rows of w from `begin` to `end`.
+// finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on
+// and the rows of w from `begin` to `end`.
 template <int M, int N, class T, class Finish>
-inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
+inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish,
+                 i64 ahead = 0, int fetch = 0) {
     float sums[M * N];
     i64 n = begin;
     for (; n + N <= end; n += N) {
-        dots<M, N>(x + m * ldx, ldx, w + n * depth, depth, depth, sums);
+        dots<M, N>(x + m * ldx, ldx, w + n * depth, depth, depth, sums, w + (n + ahead) * depth, fetch);
         finish(m, n, sums, Count<M>(), Count<N>());
     }
     if constexpr (N > 1)
@@ -116,7 +118,11 @@ template <class T, class Finish>
 inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
     for (i64 n = begin; n < end; n += BLOCK) {
         i64 to = std::min(n + BLOCK, end), m = 0;
-        for (; m + 4 <= rows; m += 4) tile<4, 4>(x, ldx, m, w, n, to, depth, finish);
+        // Tiles of x find the block in the cache, but for the first; they share in fetching the next one, four rows of
+        // it for each four that they use.
+        const int fetch = rows >= 16 ? 1 : rows >= 8 ? 2 : 0;
+        for (; m + 4 <= rows; m += 4)
+            tile<4, 4>(x, ldx, m, w, n, to, depth, finish, BLOCK + m / 4 * fetch, m / 4 * fetch < 4 ? fetch : 0);
         for (; m + 2 <= rows; m += 2) tile<2, 8>(x, ldx, m, w, n, to, depth, finish);
         for (; m < rows; m++) tile<1, 8>(x, ldx, m, w, n, to, depth, finish);
     }
@@ -151,7 +157,7 @@ void outputs(const Linear<T>& p, const T* x, i64 rows, i64 depth, const T* h, T*
         if (p.bias && !p.less_one) add_bias();
         if (p.rank) {
             float low[M * N];
-            dots<M, N>(h + m * p.rank, p.rank, p.b + n * p.rank, p.rank, p.rank, low);
+            dots<M, N>(h + m * p.rank, p.rank, p.b + n * p.rank, p.rank, p.rank, low, (const T*)nullptr, 0);
             for (int i = 0; i < M * N; i++) sums[i] = rounded<T>(sums[i]) + p.scale * low[i];
         }
         if (p.less_one) {
