@@ -30,14 +30,13 @@ def bench(
     import sys
     from pathlib import Path
 
-    import veneer
     from veneer.errors import UsageError, did_you_mean
 
     if name not in BENCHMARKS:
         known = "\n".join(f"  {key:<14}{text}" for key, text in BENCHMARKS.items())
         hint = did_you_mean(name, BENCHMARKS) or "use one of"
         raise UsageError(f"unknown benchmark '{name}'", fix=f"{hint}\n{known}")
-    source = Path(veneer.__file__).parents[2]  # of an editable installation
+    source = Path(__file__).parents[3]  # of an editable installation
     if not (source / "benchmarks" / f"{name}.py").is_file():
         raise UsageError(
             "the benchmarks come with the source, not with the installed package",
