@@ -23,6 +23,7 @@ from veneer.data.pack import Batch
 from veneer.errors import TrainError
 from veneer.models.fused import FusedGatedMlp
 from veneer.models.quantized_memory import free_bytes
+from veneer.train.noise import as_in_training
 from veneer.train.sft import Objective
 
 Level = Literal["none", "mlp", "full"]
@@ -80,21 +81,15 @@ def kept_bytes(module: nn.Module, objective: Objective, batch: Batch) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return t
 
-    device = batch.input_ids.device
-    training = module.training
-    module.train()
-    try:
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
-        ):
-            output = objective(module, batch)
-            total = sum(found.values())
-            del output  # not before: a storage that is freed could be counted for another
-            return total
-    finally:
-        module.train(training)
+    with (
+        as_in_training(module, batch.input_ids.device),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
+        output = objective(module, batch)
+        total = sum(found.values())
+        del output  # not before: a storage that is freed could be counted for another
+    return total
 
 
 def choose_level(

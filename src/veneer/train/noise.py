@@ -14,6 +14,18 @@ from veneer.data.pack import Batch
 from veneer.train.layout import document_lengths
 
 
+@contextlib.contextmanager
+def as_in_training(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Train mode, for a trial: afterwards the mode and torch's generators are as if nothing had happened."""
+    training = module.training
+    module.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        module.train(training)
+
+
 def stream_seed(*parts: int | str) -> int:
     """A 63-bit seed for the random stream that ``parts`` names, e.g. ``("dropout", seed, step, rank, micro_batch)``."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()

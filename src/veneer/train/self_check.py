@@ -17,6 +17,7 @@ from veneer.errors import TrainError
 from veneer.kernels.check import Finding, Watch, watching
 from veneer.train.classification import class_micro_batches
 from veneer.train.layout import Layout
+from veneer.train.noise import as_in_training
 from veneer.train.sft import Objective
 
 TOKENS = 128  # of a row: its last ones, which hold trained tokens if any part does
@@ -33,18 +34,8 @@ def self_check(module: nn.Module, objective: Objective, batch: Batch, *, every: 
     Raises:
         TrainError: an operation is off.
     """
-    device = batch.input_ids.device
-    training = module.training
-    module.train()
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            watching(every) as watch,
-        ):
-            objective(module, batch)
-    finally:
-        module.train(training)
+    with as_in_training(module, batch.input_ids.device), torch.no_grad(), watching(every) as watch:
+        objective(module, batch)
     off = [finding for finding in watch.findings if finding.is_off]
     if off:
         raise _error(off[0], len(off), len(watch.findings))
