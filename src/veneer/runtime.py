@@ -137,7 +137,7 @@ def leaving_no_gaps() -> Iterator[None]:
     """While it is open, memory from 64 KB on is mapped by itself, and back with the system as soon as it is freed.
 
     Slower, but what comes after finds a heap without gaps: an adapter's start from data takes other sizes than a step,
-    and what small things pin of its memory a step cannot use (SmolLM2: 0.12 of 1.45 GB).
+    and what small things pin of its memory a step cannot use (EVA on SmolLM2: 0.12 of 1.70 GB).
     """
     if _mallopt is None:
         yield
