@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from veneer.data.dataset import TokenDataset
 from veneer.data.pack import Batch, best_fit_decreasing, collate_packed, collate_padded
 
-# Peak memory grows with the tokens, so a CPU's default is modest (SmolLM2-135M, bfloat16, all-linear r 16, steps of about
-# 1,700 tokens: 2.15 GB at once; in two of at most 1024 it is 1.84 GB, and a tenth slower); an accelerator needs more
+# Peak memory grows with the tokens, so a CPU's default is modest (SmolLM2-135M, bfloat16, all-linear r 16, about 1,700
+# tokens a step: 2.15 GB at once, 1.84 GB in micro-batches of at most 1024, a tenth slower); an accelerator needs more
 # tokens at once to be busy.
 CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 8192
