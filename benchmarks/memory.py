@@ -178,32 +178,34 @@ def layer_activations(shape: Shape, run: Settings) -> int:
     """What one layer keeps for its backward beside its input.
 
     ``T c (5d + 2k + 4r)``: both norms' outputs, q, k, v, what attention gives, the sum after it, and the rank-r rows of
-    four linears; the norms' reciprocals in float32; the stacked A of q, k and v, and copies of the other factors in
-    ``c`` bytes, where that is not float32; and what the MLP keeps.
+    four linears; the norms' reciprocals in float32; and what the MLP keeps.
     """
     d, k, r, c = shape.hidden, shape.key_width, run.rank, run.compute_bytes
-    copies = r * (3 * d + 2 * k) * c if c != 4 else 0
-    return run.tokens * (c * (5 * d + 2 * k + 4 * r) + 2 * 4) + 3 * r * d * c + copies + _mlp_activations(shape, run)
+    return run.tokens * (c * (5 * d + 2 * k + 4 * r) + 2 * 4) + _mlp_activations(shape, run)
 
 
 def _mlp_activations(shape: Shape, run: Settings) -> int:
-    """``T c (2f + 3r)``: gate, up and the rank-r rows; the stacked A of both, and copies of the other factors."""
-    d, f, r, c = shape.hidden, shape.mlp, run.rank, run.compute_bytes
-    copies = r * (3 * f + d) * c if c != 4 else 0
-    return run.tokens * c * (2 * f + 3 * r) + 2 * r * d * c + copies
+    """``T c (2f + 3r)``: gate, up and the rank-r rows."""
+    return run.tokens * run.compute_bytes * (2 * shape.mlp + 3 * run.rank)
 
 
 def _mlp_work(shape: Shape, run: Settings) -> int:
     """The larger of two moments. ``T c (3f + d + r)``: the gradients of gate and of up, and the product; the incoming
     gradient; the factors' gradients of the down projection. ``T c (2f + 2d + 3r)``: the product is gone, and the
     input's gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a summand of the input's gradient,
-    ``T c d``, with a decoded tile, or the factors' gradients once more in float32."""
+    ``T c d``, with a decoded tile, or the factors' gradients once more in float32. In both the copies of the factors:
+    every B where c is not float32, and A times its scaling."""
     d, f, r, c = shape.hidden, shape.mlp, run.rank, run.compute_bytes
+    copies = r * (2 * f + d) * c if c != 4 else 0
     factors = r * (3 * f + 3 * d)
     decoding = max(_decoding(out * width, run) for out, width in shape.linears[4:])
     product = run.tokens * d * c + decoding if run.bits == 4 else 0
-    gradients = c * (run.tokens * (3 * f + d + r) + r * (f + d))
-    inputs = c * (run.tokens * (2 * f + 2 * d + 3 * r) + factors) + max(product, 4 * factors if c != 4 else 0)
+    gradients = copies + c * (run.tokens * (3 * f + d + r) + r * (2 * f + d))
+    inputs = (
+        copies
+        + c * (run.tokens * (2 * f + 2 * d + 3 * r) + factors + 2 * r * d)
+        + max(product, 4 * factors if c != 4 else 0)
+    )
     return max(gradients, inputs)
 
 

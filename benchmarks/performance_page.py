@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quantisation_page import paragraph
+from benchmarks.sft import verdict
 
 Record = Mapping[str, Any]
 # (peer, quantize): least speed, most memory; None where nothing was promised.
@@ -66,14 +67,16 @@ def _peers(record: Record, picture: str) -> str:
     settings, quantize = record["settings"], record["settings"]["quantize"]
     rows = []
     for name, result in record["results"].items():
-        verdict = ""
+        told = ""
         if name != "veneer":
             curve = result["curve"]
-            verdict = f"within {curve['relative']:.2%}" if curve["agrees"] else f"DIFFERENT: {curve['relative']:.2%}"
+            told = (
+                f"within {curve['relative']:.2%}" if curve["agrees"] else f"{curve['relative']:.2%}: {verdict(curve)}"
+            )
         rows.append(
             f"| {NAMES[name]} | {result['tokens_per_second']:.0f} | {result['trained_tokens_per_second']:.0f} "
             f"| {result['share_of_peak']:.0%} | {result['peak_rss_gb']:.2f} | {result['first_step_seconds']:.1f} "
-            f"| {_ratio(result, 'speed_ratio')} | {_ratio(result, 'memory_ratio')} | {verdict} |"
+            f"| {_ratio(result, 'speed_ratio')} | {_ratio(result, 'memory_ratio')} | {told} |"
         )
     what = "16 bits" if quantize == "none" else "4 bits (NF4, double quantisation; the peers over bitsandbytes)"
     lines = [

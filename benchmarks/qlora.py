@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.memory import SHAPES, Settings, Shape, budget
 from benchmarks.processes import Job, Result, in_process
-from benchmarks.sft import WARM_UP, compare_curves, demo_rows, figures, first_rows
+from benchmarks.sft import WARM_UP, compare_all, compare_curves, demo_rows, figures, first_rows, verdict
 
 MODULE = "benchmarks.qlora_contestants"
 PEERS = ("bnb", "lora16")
@@ -51,6 +51,9 @@ def run(job: Job, peers: list[str]) -> dict[str, Any]:
         theirs["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
         theirs["memory_ratio"] = ours["peak_rss_gb"] / theirs["peak_rss_gb"]
         theirs["curve"] = compare_curves(ours, theirs)
+    if "bnb" in peers:
+        bnb = {"bnb": results["bnb"]}
+        results["bnb"]["curve"] = compare_all(job, ours, bnb, lambda wide: in_process(MODULE, "qlora", wide))["bnb"]
     return {
         "settings": {**_settings(job), "rows": prepared["rows"], "tokens": sum(tokens), "data": job["label"]},
         "versions": _versions(peers),
@@ -150,8 +153,7 @@ def _curve_line(name: str, curve: dict[str, Any]) -> str:
     difference = f"mean |difference| after step 1: {curve['mean_difference']:.4f} = {100 * curve['relative']:.2f} %"
     rates = "" if curve["same_learning_rates"] else "; the learning rates DIFFER"
     if name == "bnb":
-        verdict = "the same within noise" if curve["agrees"] else "DIFFERENT"
-        return f"curve of qlora and bnb: {verdict} ({difference} of the loss){rates}"
+        return f"curve of qlora and bnb: {verdict(curve)} ({difference} of the loss){rates}"
     return f"curve of qlora and {name}: {difference} of the loss, by the quantisation{rates}"
 
 

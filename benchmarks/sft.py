@@ -13,6 +13,9 @@ first step; "train s" is the wall time of the training call: all steps, with eve
 them. "of peak" is the share of the machine's products that the step's products
 make up, without what adapters and attention add: 4 FLOP a weight of the layers and token, 4 a weight of the head and
 trained token. With ``--runs`` everybody runs in turn so many times, and figures are medians.
+
+Two loss curves should be the same but for rounding. Where bfloat16 drives them apart by more, Veneer trains once more
+in float32, and the report says how far each of the two is from that curve.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,12 +58,15 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
     for result in results.values():
         result["trained_tokens_per_second"] = result["tokens_per_second"] * sum(trained) / sum(tokens)
         result["share_of_peak"] = result["tokens_per_second"] * sum(flops) / sum(tokens[WARM_UP:]) / peak
+    curves = compare_all(
+        job, results["veneer"], {name: results[name] for name in peers}, lambda wide: in_process(MODULE, "veneer", wide)
+    )
     for name in peers:
         pairs = list(zip(every["veneer"], every[name]))
         results[name] |= {
             "speed_ratio": median(o["tokens_per_second"] / t["tokens_per_second"] for o, t in pairs),
             "memory_ratio": median(o["peak_rss_gb"] / t["peak_rss_gb"] for o, t in pairs),
-            "curve": compare_curves(results["veneer"], results[name]),
+            "curve": curves[name],
         }
     settings = {
         key: job[key]
@@ -113,6 +120,42 @@ def compare_curves(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, An
     }
 
 
+def compare_all(
+    job: dict[str, Any],
+    ours: dict[str, Any],
+    peers: dict[str, dict[str, Any]],
+    train: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Our curve against each peer's; where one is not the same in bfloat16, ``train`` runs our job in float32 too."""
+    curves = {name: compare_curves(ours, theirs) for name, theirs in peers.items()}
+    if job["dtype"] != "bfloat16" or all(curve["agrees"] for curve in curves.values()):
+        return curves
+    wide = train({**job, "dtype": "float32", "run": "float32"})
+    return {name: curve | from_float32(wide, ours, peers[name]) for name, curve in curves.items()}
+
+
+def from_float32(wide: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """How far two curves are from that of float32, and whether ours is the nearer one and no further than rounding."""
+    own, other = (compare_curves(wide, result) for result in (ours, theirs))
+    return {
+        "ours_from_float32": own["relative"],
+        "theirs_from_float32": other["relative"],
+        "float32_losses": wide["losses"],
+        "explained": own["agrees"] and own["relative"] < other["relative"],
+    }
+
+
+def verdict(curve: dict[str, Any]) -> str:
+    """What a comparison of curves says, in words."""
+    if curve["agrees"]:
+        return "the same within noise"
+    if "explained" not in curve:
+        return "DIFFERENT"
+    ours, theirs = curve["ours_from_float32"], curve["theirs_from_float32"]
+    told = f"from float32's curve ours is {ours:.2%} and theirs {theirs:.2%} away"
+    return f"apart by the rounding of bfloat16: {told}" if curve["explained"] else f"DIFFERENT: {told}"
+
+
 def figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
     """The result with its speed: real tokens a second, without the steps that warm up."""
     return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / sum(result["seconds"][WARM_UP:])}
@@ -145,10 +188,9 @@ def table(report: dict[str, Any]) -> str:
     for name, result in results.items():
         if name != "veneer":
             curve = result["curve"]
-            verdict = "the same within noise" if curve["agrees"] else "DIFFERENT"
             rates = "" if curve["same_learning_rates"] else "; the learning rates DIFFER"
             lines.append(
-                f"curve of veneer and {name}: {verdict} (mean |difference| after step 1: "
+                f"curve of veneer and {name}: {verdict(curve)} (mean |difference| after step 1: "
                 f"{curve['mean_difference']:.4f} "
                 f"= {100 * curve['relative']:.2f} % of the loss; at step 1: {curve['first_difference']:.4f}){rates}"
             )

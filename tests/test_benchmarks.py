@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.sft import compare_curves, first_rows, middle, table
+from benchmarks.sft import compare_all, compare_curves, first_rows, middle, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RATES = [1e-3, 5e-4, 0.0]
@@ -33,6 +33,25 @@ def test_curves_that_differ_by_more_do_not(losses: list[float]) -> None:
 def test_another_learning_rate_in_one_step_is_seen() -> None:
     found = compare_curves(curve([3.0, 2.0, 1.0]), curve([3.0, 2.0, 1.0], [1e-3, 6e-4, 0.0]))
     assert not found["same_learning_rates"]
+
+
+def test_curves_that_bfloat16_drives_apart_are_held_against_float32() -> None:
+    ours, theirs = curve([3.0, 2.0, 1.0]), curve([3.0, 2.2, 1.1])
+    jobs: list[dict[str, object]] = []
+
+    def judged(losses: list[float], dtype: str = "bfloat16") -> str:
+        def train(job: dict[str, object]) -> dict[str, object]:
+            jobs.append(job)
+            return curve(losses)
+
+        return verdict(compare_all({"dtype": dtype, "batch": 8}, ours, {"trl": theirs}, train)["trl"])
+
+    assert judged([3.0, 2.01, 1.0]).startswith("apart by the rounding of bfloat16: from float32's curve ours is 0.33%")
+    assert jobs == [{"dtype": "float32", "batch": 8, "run": "float32"}]
+    assert judged([3.0, 2.19, 1.1]).startswith("DIFFERENT: ")  # ours is the one that is off
+    assert judged([3.0, 2.5, 1.5]).startswith("DIFFERENT: ")  # neither is near
+    assert judged([3.0, 2.0, 1.0], "float32") == "DIFFERENT"  # no rounding explains it
+    assert len(jobs) == 3
 
 
 def test_the_table_has_ratios_both_curves_and_the_verdict() -> None:

@@ -340,7 +340,7 @@ def test_18_exactly_the_budget_is_kept(name: str, stored: str, target: int) -> N
     after = logits(adapted.module)
     adapted.trim()
     assert sum(a.r for a in adapted.linears().values()) >= target * 14
-    torch.testing.assert_close(logits(adapted.module), after, rtol=0, atol=1e-6)
+    assert (logits(adapted.module) - after).norm() <= 3e-7 * after.norm()  # what float32 rounds
 
 
 # 19. Trained tokens: no other row moves, a tied head reads the same rows, a head keeps its bias

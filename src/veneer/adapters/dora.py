@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.variant import Variant
-from veneer.kernels.frozen import Weight
+from veneer.kernels.matmul import Weight
 
 if TYPE_CHECKING:
     from veneer.adapters.layers import LoraAdapter, LoraLinear

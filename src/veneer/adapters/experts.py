@@ -20,7 +20,7 @@ from veneer.adapters.expert_files import file_factors, nesting, own_factors
 from veneer.adapters.fused_experts import forward_experts, stack_names, stack_of
 from veneer.adapters.init import init_linear
 from veneer.adapters.layers import keep_dtype, master_dtype
-from veneer.kernels.frozen import as_tensor
+from veneer.kernels.matmul import as_tensor
 
 
 @dataclass(frozen=True)

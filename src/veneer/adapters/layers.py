@@ -21,8 +21,9 @@ from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.dora import square_norms
 from veneer.adapters.variant import Variant
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import Weight, as_tensor, matmul_weight
+from veneer.kernels.frozen import frozen_linear
 from veneer.kernels.lora_linear import lora_linear
+from veneer.kernels.matmul import Turned, Weight, as_tensor, sum_of_products
 from veneer.quant import QuantizedLinear
 
 
@@ -215,7 +216,7 @@ class LoraLinear(nn.Module):
         weight = self.weight
         if isinstance(weight, Tensor):  # for few rows this is the faster way round
             return (weight.t() if self.transposed else weight) @ rows.t()
-        return matmul_weight(rows, weight).t()
+        return sum_of_products(Turned(rows, weight)).t()
 
     def square_norm(self) -> tuple[object, Tensor]:
         """What names the weight that acts, and ``[out]`` float32: the squares of the norms of its rows, kept for it."""
@@ -234,11 +235,18 @@ class LoraLinear(nn.Module):
             found.append(LoraFactors(*adapter.factors(), adapter.scaling, dropout, adapter.row_scale(self)))
         return found
 
+    def _base_alone(self, x: Tensor) -> Tensor:
+        """The base's output, from the products that an adapter is added to: a fresh one changes no bit of it."""
+        layer = self.base_layer
+        if type(layer) is nn.Linear and self.is_plain(x) and not any(p.requires_grad for p in layer.parameters()):
+            return frozen_linear(x, layer.weight, layer.bias)
+        return layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]``, in the base's dtype."""
         factors = self.active_factors()
         if not factors:
-            return self.base_layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+            return self._base_alone(x)
         only = factors[0]
         if len(factors) == 1 and self.is_plain(x):
             weight = self.weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.layers import LoraLinear
 from veneer.adapters.structure import is_read
-from veneer.kernels.frozen import as_tensor
+from veneer.kernels.matmul import as_tensor
 
 
 class _StandIn:

@@ -22,17 +22,18 @@ from torch.nn import functional as F
 
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import Weight, add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.lora_linear import (
-    add_low_rank,
+    input_grad,
     lora_linear_reference,
     low_rank_forward,
     low_rank_grads,
     masked,
     row_scale_grads,
     scale_rows,
+    scaled,
     whole_rank,
 )
+from veneer.kernels.matmul import Plain, Turned, Weight, factor_grad, sum_of_products
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -65,12 +66,15 @@ def activation(name: str, e: Tensor) -> Tensor:
     return F.gelu(e, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def _activation_grad(name: str, grad: Tensor, e: Tensor) -> Tensor:
+def _gated_grads(name: str, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+    """``(de, dg)`` of ``m = act(e) * g``; ``dm`` is used up."""
+    dg = activation(name, e).mul_(dm)
+    dm.mul_(g)
     if name == "silu":
-        out: Tensor = torch.ops.aten.silu_backward(grad, e)
+        de: Tensor = torch.ops.aten.silu_backward(dm, e)
     else:
-        out = torch.ops.aten.gelu_backward(grad, e, approximate="tanh" if name == "gelu_tanh" else "none")
-    return out
+        de = torch.ops.aten.gelu_backward(dm, e, approximate="tanh" if name == "gelu_tanh" else "none")
+    return de, dg
 
 
 def gated_mlp_reference(
@@ -109,11 +113,9 @@ def gated_mlp(
     return result
 
 
-def _projected(
-    x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, s: float, less_one: Tensor | None
-) -> Tensor:
-    """``x W^T + s h B^T + b``; with a row scale it is scaled, and before its bias."""
-    y = matmul_weight(x, weight, bias if less_one is None else None).addmm_(h, b.t(), alpha=s)
+def _projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:
+    """``x W^T + h B^T + b``; with a row scale it is scaled, and before its bias."""
+    y = sum_of_products(Turned(x, weight), Turned(h, b), bias=bias if less_one is None else None)
     return y if less_one is None else y.addcmul_(y, less_one)
 
 
@@ -130,60 +132,61 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         wg, bg, Ag, Bg, rg, wu, bu, Au, Bu, ru, wd, bd, Ad, Bd, rd = operands
         sg, su, sd = scalings
-        ag, bbg, au, bbu, ad, bbd = (t.to(x.dtype) for t in (Ag, Bg, Au, Bu, Ad, Bd))
+        bbg, bbu, bbd = (t.to(x.dtype) for t in (Bg, Bu, Bd))
         kg, ku, kd = (None if r is None else (r - 1).to(x.dtype) for r in (rg, ru, rd))
         flat = x.reshape(-1, x.shape[-1])
-        stacked = torch.cat((ag, au))
-        hh = masked(flat, drops[0]) @ stacked.t()
-        hg, hu = hh[:, : len(ag)], hh[:, len(ag) :]
-        e = _projected(flat, wg, bg, hg, bbg, sg, kg)
-        g = _projected(flat, wu, bu, hu, bbu, su, ku)
+        stacked, ad = torch.cat((scaled(Ag, sg, x.dtype), scaled(Au, su, x.dtype))), scaled(Ad, sd, x.dtype)
+        hh = sum_of_products(Turned(masked(flat, drops[0]), stacked))
+        e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, kg)
+        g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, ku)
         m = activation(act, e if kg is None or bg is None else e + bg).mul_(g if ku is None or bu is None else g + bu)
-        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, sd, drops[1])
+        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, drops[1])
         y = scale_rows(u, kd, bd)
         trains_a = any(ctx.needs_input_grad[i] for i in (7, 12))
         halves = (None, None) if recompute else (e, g)
-        kept = (flat if trains_a or recompute else None, *halves, hh, hd, stacked, bbg, bbu, ad, bbd)
+        kept = (flat if trains_a or recompute else None, *halves, hh, hd, Ag, Bg, Au, Bu, Ad, Bd)
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
-        ctx.act, ctx.scalings, ctx.drops, ctx.dtypes = act, scalings, drops, [t.dtype for t in (Ag, Bg, Au, Bu, Ad, Bd)]
+        ctx.act, ctx.scalings, ctx.drops = act, scalings, drops
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e0, g0, hh, hd, stacked, bg, bu, ad, bd, kg, ku, kd, u = ctx.saved_tensors
+        x, e0, g0, hh, hd, Ag, Bg, Au, Bu, Ad, Bd, kg, ku, kd, u = ctx.saved_tensors
         wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
-        rank = bg.shape[1]
+        rank = len(Ag)
+        bg, bu, bd = (B.to(dy.dtype) for B in (Bg, Bu, Bd))
         if e0 is None:
-            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, sg, kg)
-            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, su, ku)
+            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, kg)
+            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, ku)
         flat = dy.reshape(-1, dy.shape[-1])
         flat, drd = row_scale_grads(flat, u, kd)
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
-        a = activation(ctx.act, e)
-        m = a * g
+        m = activation(ctx.act, e).mul_(g)
         drop, drop_down = ctx.drops
         pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[17] else None, hd, bd, sd)
-        dm = matmul_grad(flat, wd, out=m)  # m is not needed any more: its memory is reused
-        dm = add_low_rank(dm, pd, ad, sd, drop_down)
-        dg = a.mul_(dm)
-        de = _activation_grad(ctx.act, dm.mul_(g), e)
-        del a, m, dm, e, g
+        sa = scaled(Ad, sd, dy.dtype)
+        dm = input_grad(Plain(flat, wd), p=pd, sa=sa, drop=drop_down, out=m)  # m is not needed any more
+        de, dg = _gated_grads(ctx.act, e, g, dm)
+        del m, dm, e, g
         de, drg = row_scale_grads(de, e0, kg, in_place=True)
         dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
-        # P of gate and up side by side, already scaled: one read of x for both dA, one product with stacked A for dx.
-        pp = torch.cat(((de @ bg).mul_(sg), (dg @ bu).mul_(su)), dim=1)
-        dAA = pp.t() @ masked(x, drop) if ctx.trains_a else None
-        dBg = (de.t() @ hh[:, :rank]).mul_(sg)
-        dBu = (dg.t() @ hh[:, rank:]).mul_(su)
+        # P of gate and up side by side: one read of x for both dA, one product with stacked A for dx.
+        pp = torch.empty_like(hh)
+        sum_of_products(Plain(de, bg), out=pp[:, :rank])
+        sum_of_products(Plain(dg, bu), out=pp[:, rank:])
+        dAA = factor_grad(pp, masked(x, drop)) if ctx.trains_a else None
+        dBg, dBu = factor_grad(hh[:, :rank], de).t(), factor_grad(hh[:, rank:], dg).t()
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = add_low_rank(add_matmul_grad(matmul_grad(de, wg), dg, wu), pp, stacked, 1.0, drop)
+            sa = torch.cat((scaled(Ag, sg, dy.dtype), scaled(Au, su, dy.dtype)))
+            dx = input_grad(Plain(de, wg), Plain(dg, wu), p=pp, sa=sa, drop=drop)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        dAg, dAu = (None, None) if dAA is None else (dAA[:rank], dAA[rank:])
+        dAg, dAu = (None, None) if dAA is None else (dAA[:rank].mul_(sg), dAA[rank:].mul_(su))
         grads = (dAg, dBg, dAu, dBu, dAd, dBd)
-        gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes))
+        masters = (Ag, Bg, Au, Bu, Ad, Bd)
+        gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(m.dtype) for t, m in zip(grads, masters))
         gate, up, down = (None, None, gag, gbg, drg), (None, None, gau, gbu, dru), (None, None, gad, gbd, drd)
         return dx, None, None, None, None, *gate, *up, *down

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from veneer.kernels.check import checked
-from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
+from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, sum_of_products
 
 
 class FrozenStack(Protocol):
@@ -280,7 +280,7 @@ def _products(
     y = x.new_zeros(len(groups.order), matrices.stack.shape[1]) if onto is None else onto
     for expert, span in groups.spans():
         if (weight := matrices.of(expert)) is not None:
-            product = matmul_weight(_rows(x, rows, span), weight)
+            product = sum_of_products(Turned(_rows(x, rows, span), weight))
             y[span] = product if onto is None else y[span].add_(product)
     return y
 
@@ -295,9 +295,9 @@ def _grad_input(dy: Tensor, rows: Tensor | None, shape: torch.Size, groups: Grou
         if (weight := matrices.of(expert)) is None:
             continue
         if rows is None:
-            dx[span] = matmul_grad(dy[span], weight)
+            dx[span] = sum_of_products(Plain(dy[span], weight))
         else:
-            dx.index_add_(0, rows[span], matmul_grad(dy[span], weight).to(dx.dtype))
+            dx.index_add_(0, rows[span], sum_of_products(Plain(dy[span], weight)).to(dx.dtype))
     return dx.to(dy.dtype)
 
 

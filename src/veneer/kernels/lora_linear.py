@@ -5,11 +5,13 @@ mask of dropout on what A sees, else 1)
 
 The backward multiplies the small matrices first and never forms ``dW`` or ``B A``. With ``G = dY g``, one pass:
 
-    P  = G B           [T, r]
-    dA = s P^T D x     [r, in]
-    dB = s G^T h       [out, r]      with h = D x A^T kept from the forward
-    dx = G W + D s P A [T, in]
-    dg = sum over T of dY z / g      with z = g (x W^T + s h B^T) kept from the forward
+    P  = G B             [T, r]
+    dA = s P^T D x       [r, in]
+    dB = G^T h           [out, r]      with h = D x (s A)^T kept from the forward
+    dx = G W + D P (s A) [T, in]
+    dg = sum over T of dY z / g        with z = g (x W^T + h B^T) kept from the forward
+
+``s A`` is rounded once from its master, so that the scaling costs no rounding of its own.
 
 Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``z``, which
 without a bias is the output itself; D is made again. A row whose scale is exactly zero gets no gradient of it.
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import Weight, as_tensor, matmul_grad, matmul_weight
+from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, factor_grad, sum_of_products
 
 
 def lora_linear_reference(
@@ -94,14 +96,17 @@ def whole_rank(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))
 
 
+def scaled(A: Tensor, s: float, dtype: torch.dtype) -> Tensor:
+    """``s A`` of the master, for products in a dtype."""
+    return (A if s == 1 else A * s).to(dtype)
+
+
 def low_rank_forward(
-    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, s: float, drop: Dropout | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, sa: Tensor, b: Tensor, drop: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(y [T, out], h [T, r])`` for flat ``x [T, in]``; every operand in ``x``'s dtype."""
-    h = masked(x, drop) @ a.t()
-    y = matmul_weight(x, weight, bias)
-    y.addmm_(h, b.t(), alpha=s)
-    return y, h
+    """``(y [T, out], h [T, r])`` for flat ``x [T, in]`` and ``s A``; every operand in ``x``'s dtype."""
+    h = sum_of_products(Turned(masked(x, drop), sa))
+    return sum_of_products(Turned(x, weight), Turned(h, b), bias=bias), h
 
 
 def low_rank_grads(
@@ -111,8 +116,8 @@ def low_rank_grads(
 
     ``x`` is what A saw. Without it there is no dA: A is frozen.
     """
-    p = dy @ b
-    return p, None if x is None else (p.t() @ x).mul_(s), (dy.t() @ h).mul_(s)
+    p = sum_of_products(Plain(dy, b))
+    return p, None if x is None else factor_grad(p, x).mul_(s), factor_grad(h, dy).t()
 
 
 def masked(x: Tensor, drop: Dropout | None) -> Tensor:
@@ -120,9 +125,11 @@ def masked(x: Tensor, drop: Dropout | None) -> Tensor:
     return x if drop is None else drop.of(x)
 
 
-def add_low_rank(dx: Tensor, p: Tensor, a: Tensor, s: float, drop: Dropout | None) -> Tensor:
-    """``dX + D s P A`` in the place of ``dx [T, in]``."""
-    return dx.addmm_(p, a, alpha=s) if drop is None else drop.add(dx, (p @ a).mul_(s))
+def input_grad(*parts: Plain, p: Tensor, sa: Tensor, drop: Dropout | None, out: Tensor | None = None) -> Tensor:
+    """The sum of the products, and ``D P (s A)``: ``[T, in]``, written over ``out`` where that is given."""
+    if drop is None:
+        return sum_of_products(*parts, Plain(p, sa), out=out)
+    return drop.add(sum_of_products(*parts, out=out), sum_of_products(Plain(p, sa)))
 
 
 def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -165,24 +172,24 @@ class _LoraLinear(torch.autograd.Function):
         drop: Dropout | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        a, b = A.to(x.dtype), B.to(x.dtype)
+        sa, b = scaled(A, scaling, x.dtype), B.to(x.dtype)
         less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
-        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, a, b, scaling, drop)
+        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, sa, b, drop)
         y = scale_rows(u, less_one, bias)
         kept_x, z = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
-        ctx.save_for_backward(kept_x, h, a, b, less_one, z)
-        ctx.weight, ctx.scaling, ctx.drop, ctx.dtypes = weight, scaling, drop, (A.dtype, B.dtype)
+        ctx.save_for_backward(kept_x, h, A, B, less_one, z)
+        ctx.weight, ctx.scaling, ctx.drop = weight, scaling, drop
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, b, less_one, z = ctx.saved_tensors
+        x, h, A, B, less_one, z = ctx.saved_tensors
         flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), z, less_one)
-        p, da, db = low_rank_grads(flat, None if x is None else masked(x, ctx.drop), h, b, ctx.scaling)
+        p, da, db = low_rank_grads(flat, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = add_low_rank(matmul_grad(flat, ctx.weight), p, a, ctx.scaling, ctx.drop)
+            dx = input_grad(Plain(flat, ctx.weight), p=p, sa=scaled(A, ctx.scaling, dy.dtype), drop=ctx.drop)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        da = None if da is None else da.to(ctx.dtypes[0])
-        return dx, None, None, da, db.to(ctx.dtypes[1]), None, dg, None
+        da = None if da is None else da.to(A.dtype)
+        return dx, None, None, da, db.to(B.dtype), None, dg, None

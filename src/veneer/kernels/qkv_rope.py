@@ -21,9 +21,16 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import add_matmul_grad, matmul_grad, matmul_weight
 from veneer.kernels.gated_mlp import LowRankLinear
-from veneer.kernels.lora_linear import add_low_rank, lora_linear_reference, masked, row_scale_grads, scale_rows
+from veneer.kernels.lora_linear import (
+    input_grad,
+    lora_linear_reference,
+    masked,
+    row_scale_grads,
+    scale_rows,
+    scaled,
+)
+from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -95,52 +102,53 @@ class _QkvRope(torch.autograd.Function):
     ) -> Qkv:
         weights, biases, As, Bs, scales = (operands[i::5] for i in range(5))
         (rows, _), size = x.shape, cos.shape[-1]
-        stacked = torch.cat([A.to(x.dtype) for A in As])
+        stacked = torch.cat([scaled(A, s, x.dtype) for A, s in zip(As, scalings)])
         bs = [B.to(x.dtype) for B in Bs]
         less_one = [None if g is None else (g - 1).to(x.dtype) for g in scales]
-        hh = masked(x, drop) @ stacked.t()
+        hh = sum_of_products(Turned(masked(x, drop), stacked))
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
         for i, h in enumerate(torch.split(hh, [B.shape[1] for B in Bs], 1)):
             bias = None if less_one[i] is not None else biases[i]
-            u = matmul_weight(x, weights[i], bias).addmm_(h, bs[i].t(), alpha=scalings[i])
+            u = sum_of_products(Turned(x, weights[i]), Turned(h, bs[i]), bias=bias)
             y = scale_rows(u, less_one[i], biases[i]).view(rows, -1, size).transpose(0, 1)
             outs.append(_turn(y, cos, sin, y.new_empty(y.shape)) if i < 2 else y.contiguous())
             kept.append(u if less_one[i] is not None and biases[i] is not None else None)
         trains_a = any(ctx.needs_input_grad[5 + 5 * i + 2] for i in range(3))
-        scaled = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
-        ctx.save_for_backward(x if trains_a else None, hh, stacked, cos, sin, *bs, *less_one, *kept, *scaled)
-        ctx.weights, ctx.scalings, ctx.drop, ctx.dtypes = weights, scalings, drop, [t.dtype for t in (*As, *Bs)]
+        turned = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
+        ctx.save_for_backward(x if trains_a else None, hh, cos, sin, *As, *Bs, *less_one, *kept, *turned)
+        ctx.weights, ctx.scalings, ctx.drop = weights, scalings, drop
         q, k, v = outs
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hh, stacked, cos, sin, *lists = ctx.saved_tensors
-        bs, less_one, kept, scaled = (lists[i : i + 3] for i in range(0, 12, 3))
-        ranks = [b.shape[1] for b in bs]
+        x, hh, cos, sin, *lists = ctx.saved_tensors
+        As, Bs, less_one, kept, outs = (lists[i : i + 3] for i in range(0, 15, 3))
+        ranks = [len(A) for A in As]
         flats: list[Tensor] = []
         dBs: list[Tensor] = []
         dgs: list[Tensor | None] = []
-        ps: list[Tensor] = []
-        for i, (grad, h) in enumerate(zip(grads, torch.split(hh, ranks, 1))):
+        pp = torch.empty_like(hh)
+        for i, (grad, h, p) in enumerate(zip(grads, torch.split(hh, ranks, 1), torch.split(pp, ranks, 1))):
             flat = _rows_first(grad, cos, sin, turned=i < 2)
-            z = kept[i] if scaled[i] is None else _rows_first(scaled[i], cos, sin, turned=i < 2, unit=True)
+            z = kept[i] if outs[i] is None else _rows_first(outs[i], cos, sin, turned=i < 2, unit=True)
             flat, dg = row_scale_grads(flat, z, less_one[i], in_place=True)
             del z
             flats.append(flat)
             dgs.append(dg)
-            ps.append((flat @ bs[i]).mul_(ctx.scalings[i]))
-            dBs.append((flat.t() @ h).mul_(ctx.scalings[i]))
-        pp = torch.cat(ps, 1)
-        dAs: list[Tensor | None] = [None] * 3 if x is None else list(torch.split(pp.t() @ masked(x, ctx.drop), ranks))
+            sum_of_products(Plain(flat, Bs[i].to(flat.dtype)), out=p)
+            dBs.append(factor_grad(h, flat).t())
+        dAs: list[Tensor | None] = [None] * 3
+        if x is not None:
+            dAA = torch.split(factor_grad(pp, masked(x, ctx.drop)), ranks)
+            dAs = [dA.mul_(s) for dA, s in zip(dAA, ctx.scalings)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = matmul_grad(flats[0], ctx.weights[0])
-            dx = add_matmul_grad(add_matmul_grad(dx, flats[1], ctx.weights[1]), flats[2], ctx.weights[2])
-            dx = add_low_rank(dx, pp, stacked, 1.0, ctx.drop)
-        cast = [None if t is None else t.to(dtype) for t, dtype in zip((*dAs, *dBs), ctx.dtypes)]
+            stacked = torch.cat([scaled(A, s, hh.dtype) for A, s in zip(As, ctx.scalings)])
+            dx = input_grad(*map(Plain, flats, ctx.weights), p=pp, sa=stacked, drop=ctx.drop)
+        cast = [None if t is None else t.to(master.dtype) for t, master in zip((*dAs, *dBs), (*As, *Bs))]
         operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
         return dx, None, None, None, None, *operands
 

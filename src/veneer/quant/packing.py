@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.quant.codebooks import decision_bounds, pair_table
+from veneer.kernels import native
+from veneer.quant.codebooks import codebook, decision_bounds, pair_table
 
 # Weights decoded at a time on a CPU: their float32 values, 1 MB, stay in cache between the look-up, the product and the
 # rounding. Half of it was slower by its calls, and more is no faster.
@@ -62,6 +63,14 @@ def decode_4bit(codes: Tensor, scales: Tensor, scheme: str, out: Tensor) -> Tens
     """
     (rows, half), groups = codes.shape, scales.shape[1]
     if not rows:
+        return out
+    if (
+        native.can_take(out)
+        and codes.device == scales.device == out.device
+        and codes.stride(1) == scales.stride(1) == 1
+    ):
+        book = codebook(scheme, out.device)
+        native.call("decode4", out, codes, scales, book, rows, half, groups, codes.stride(0), scales.stride(0))
         return out
     height = min(rows, max(1, PIECE // (2 * half))) if codes.device.type == "cpu" else rows
     table = pair_table(scheme, codes.device)

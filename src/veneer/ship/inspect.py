@@ -27,7 +27,7 @@ from veneer.adapters.spectrum import (
     updates,
 )
 from veneer.errors import AdapterError, ModelError, UsageError, VeneerError
-from veneer.kernels.frozen import as_tensor
+from veneer.kernels.matmul import as_tensor
 from veneer.run import is_run, load_model, open_run, recorded_base
 
 USED_ENERGY = 0.99  # of the squared singular values: the directions that an update uses

@@ -2,6 +2,9 @@
 // vectors. The formulas, and the plain PyTorch that each must agree with, are in the .py file of the operation.
 
 #include "common.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 // ---- cross entropy of rows of logits -------------------------------------------------------------------------------
 
@@ -186,6 +189,10 @@ static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int
     extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
                                   int threads) {                                                                       \
         drop<T>(x, out, count, seed, threshold, scale, add, threads);                                                  \
+    }                                                                                                                  \
+    extern "C" void decode4_##suffix(T* out, const std::uint8_t* codes, const float* scales, const float* book,        \
+                                     i64 rows, i64 half, i64 groups, i64 codes_row, i64 scales_row, int threads) {     \
+        decode4<T>(out, codes, scales, book, rows, half, groups, codes_row, scales_row, threads);                      \
     }                                                                                                                  \
     extern "C" void softmax_##suffix(T* scores, i64 rows, i64 keys, i64 tile, i64 window, float scale,      \
                                      int threads) {                                                                    \

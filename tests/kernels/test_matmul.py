@@ -1,0 +1,181 @@
+"""Sums of products in native code: rounded once, in one order, whatever the shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels import native
+from veneer.kernels.lora_linear import lora_linear
+from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
+from veneer.quant.config import QuantConfig
+from veneer.quant.encode import quantize
+from veneer.quant.packing import decode_4bit
+
+BF16 = torch.bfloat16
+HAS = native.can_take(torch.zeros(1, dtype=BF16), function="matmul")
+needs_native = pytest.mark.skipif(not HAS, reason=f"no products in native code: {native.description()}")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(BF16)
+
+
+def assert_rounded_once(got: Tensor, want: Tensor) -> None:
+    """``got`` in bfloat16 is ``want`` in float64 to one rounding of it, but for what float32 loses in the sum."""
+    assert got.dtype == BF16
+    best = (want.to(BF16).double() - want).norm()
+    assert (got.double() - want).norm() <= 1.001 * best + 1e-6 * want.norm()
+
+
+def exact(*parts: Turned | Plain, bias: Tensor | None = None) -> Tensor:
+    total = torch.zeros(1, dtype=torch.float64)
+    for part in parts:
+        weight = part.weight if isinstance(part.weight, Tensor) else part.weight.dequantize()
+        rows, weight = part.rows.double(), weight.double()
+        total = total + rows @ (weight.t() if isinstance(part, Turned) else weight)
+    return total if bias is None else total + bias.double()
+
+
+# Rows in whole tiles and not, columns of each width of a panel, depths beyond one slice, and several groups of panels.
+SHAPES = [
+    (32, 2, 1),
+    (33, 18, 5),
+    (50, 64, 16),
+    (100, 66, 17),
+    (191, 64, 33),
+    (192, 34, 49),
+    (200, 130, 64),
+    (97, 32, 90),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [*SHAPES, (40, 4200, 700), (33, 9000, 70)])
+def test_a_sum_is_rounded_once(rows: int, depth: int, columns: int, threads: int) -> None:
+    x, w, h, b, bias = draw(rows, depth), draw(columns, depth), draw(rows, 8), draw(columns, 8), draw(columns)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        turned = (Turned(x, w), Turned(h, b))
+        plain = (Plain(x, w.t().contiguous()), Plain(h, b.t().contiguous()))
+        for parts in (turned, plain):
+            assert_rounded_once(sum_of_products(*parts), exact(*parts))
+            assert_rounded_once(sum_of_products(*parts, bias=bias), exact(*parts, bias=bias))
+        p = draw(rows, 25)
+        want = p.double().t() @ x.double()
+        assert (factor_grad(p, x).double() - want).norm() <= 1e-6 * want.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    x, w = draw(300, 640), draw(200, 640)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((sum_of_products(Turned(x, w)), factor_grad(x[:, :24], x)))
+    finally:
+        torch.set_num_threads(before)
+    for product, grad in found[1:]:
+        assert torch.equal(product, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float64])
+def test_rows_that_lie_apart_and_an_output_among_others(dtype: torch.dtype) -> None:
+    wide, weights = draw(64, 100).to(dtype), draw(90, 100).to(dtype)
+    parts = Turned(wide[:, :40], weights[:50, :40]), Turned(wide[:, 60:], weights[:50, 60:])
+    out = torch.full((64, 120), 7.0, dtype=dtype)
+    given = sum_of_products(*parts, out=out[:, 30:80])
+    assert given.data_ptr() == out[:, 30:80].data_ptr()
+    tolerance = 1e-2 if dtype == BF16 else 1e-5
+    torch.testing.assert_close(out[:, 30:80].double(), exact(*parts), rtol=tolerance, atol=10 * tolerance)
+    assert bool((out[:, :30] == 7).all())
+    assert bool((out[:, 80:] == 7).all())
+    want = wide[:, 5:13].double().t() @ wide[:, 60:].double()
+    torch.testing.assert_close(factor_grad(wide[:, 5:13], wide[:, 60:]).double(), want, rtol=tolerance, atol=0.3)
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(8, 64), (64, 33)])  # too few, and no whole pairs
+def test_what_native_code_does_not_take_goes_to_pytorch(rows: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "call_struct", None)
+    x, w, bias = draw(rows, depth), draw(24, depth), draw(24)
+    torch.testing.assert_close(
+        sum_of_products(Turned(x, w), bias=bias).double(), exact(Turned(x, w), bias=bias), rtol=1e-2, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("left_out", [True, pytest.param(False, marks=needs_native)])
+@pytest.mark.parametrize("size", [64, 1536])  # the second is decoded tile by tile
+def test_a_weight_in_codes_is_its_numbers(size: int, left_out: bool) -> None:
+    weight = quantize(torch.randn(size, 1024), QuantConfig()).to(dtype=BF16)
+    x, dy, h, b = draw(40, 1024), draw(40, size), draw(40, 8), draw(size, 8)
+    forward, back = (Turned(x, weight), Turned(h, b)), (Plain(dy, weight), Plain(h, draw(8, 1024)))
+
+    def compute() -> list[Tensor]:
+        return [sum_of_products(*forward), sum_of_products(*back)]
+
+    if left_out:
+        with native.left_out():
+            found = compute()
+    else:
+        found = compute()
+    for got, parts in zip(found, (forward, back)):
+        want = exact(*parts)
+        assert (got.double() - want).norm() <= 4e-3 * want.norm()
+
+
+@needs_native
+def test_an_update_smaller_than_the_rounding_of_the_base_is_not_lost() -> None:
+    """A step of training changes an output by less than bfloat16 tells apart: a rounded base swallows it."""
+    x, w = draw(512, 256), draw(256, 256)
+    A, B = torch.randn(8, 256) / 16, 1e-3 * torch.randn(256, 8)
+    want = (x.double() @ (B @ A).double().t()).flatten()
+
+    def arrives() -> float:
+        moved = lora_linear(x, w, None, A, B, 1.0) - lora_linear(x, w, None, A, 0 * B, 1.0)
+        return float(moved.double().flatten() @ want / want.square().sum())
+
+    assert arrives() == pytest.approx(1, abs=0.1)
+    with native.left_out():
+        assert arrives() < 0.5
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_so(value: float) -> None:
+    x, w = draw(40, 32), draw(20, 32)
+    x[3, 5] = value
+    assert sum_of_products(Turned(x, w)).isfinite().all(1).tolist() == [i != 3 for i in range(40)]
+    assert factor_grad(w[:, :4], draw(20, 8)).isfinite().all()
+    assert not factor_grad(x[:, 4:8], x).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4"])
+@pytest.mark.skipif(native.library() is None, reason=native.description())
+def test_codes_are_decoded_to_the_same_bits(scheme: str, dtype: torch.dtype) -> None:
+    for rows, groups, size in itertools.product((1, 7), (1, 3), (2, 6, 16, 22, 64)):
+        codes = torch.randint(256, (rows, groups * size // 2 + 3), dtype=torch.uint8)[:, : groups * size // 2]
+        scales = torch.rand(rows, groups + 1)[:, 1:]
+        scales[0, 0] = float("nan")
+        ours, theirs = (torch.empty(rows, groups * size, dtype=dtype) for _ in range(2))
+        before = native.calls
+        decode_4bit(codes, scales, scheme, ours)
+        assert native.calls == before + 1
+        with native.left_out():
+            decode_4bit(codes, scales, scheme, theirs)
+        assert torch.equal(ours.nan_to_num(99.0), theirs.nan_to_num(99.0))
