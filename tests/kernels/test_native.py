@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -203,6 +204,11 @@ class TestWithoutTheLibrary:
     def test_it_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VENEER_KERNELS", "torch")
         assert self.works_without() == "PyTorch alone: VENEER_KERNELS=torch"
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+    @pytest.mark.skipif(os.environ.get("VENEER_KERNELS") == "torch", reason="VENEER_KERNELS=torch")
+    def test_where_there_is_a_compiler_there_is_a_library(self) -> None:
+        assert native.library() is not None, native.description()
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")

@@ -156,5 +156,7 @@ def _output(*command: str) -> str:
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Missing(f"{Path(command[0]).name} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        told = next((line for line in lines if "error:" in line), lines[0])  # compilers first say where they are
+        raise Missing(f"{Path(command[0]).name} failed: {told}")
     return done.stdout

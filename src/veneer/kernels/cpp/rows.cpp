@@ -169,6 +169,39 @@ static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int
     }
 }
 
+// ---- weights in 4-bit codes ----------------------------------------------------------------------------------------
+
+// out [rows, 2 * half] = book[code] * scale, rounded once; the code of an even column is a byte's upper half, and the
+// columns of a row fall into `groups` of one scale each.
+template <class T>
+static void decode4(T* out, const std::uint8_t* codes, const float* scales, const float* book, i64 rows, i64 half,
+                    i64 groups, i64 codes_row, i64 scales_row, int threads) {
+    const i64 size = 2 * half / groups;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 r = 0; r < rows; r++) {
+        const std::uint8_t* code = codes + r * codes_row;
+        T* to = out + r * 2 * half;
+        for (i64 group = 0; group < groups; group++, to += size, code += size / 2) {
+            const float scale = scales[r * scales_row + group];
+            i64 i = 0;
+#ifdef __AVX512F__
+            const __m512 values = _mm512_loadu_ps(book);
+            const __m512i shift = _mm512_set1_epi64(4);  // of every lane that is even; none of the others
+            for (; i + 16 <= size; i += 16) {
+                __m128i bytes = _mm_loadl_epi64((const __m128i*)(code + i / 2));
+                __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+                alignas(64) float products[16];
+                __m512 value = _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), values);  // takes the low 4 bits
+                _mm512_store_ps(products, _mm512_mul_ps(value, _mm512_set1_ps(scale)));
+#pragma omp simd
+                for (int j = 0; j < 16; j++) put(to[i + j], products[j]);
+            }
+#endif
+            for (; i < size; i++) put(to[i], book[(code[i / 2] >> (i % 2 ? 0 : 4)) & 15] * scale);
+        }
+    }
+}
+
 #define EACH(T, suffix)                                                                                                \
     extern "C" void cross_entropy_##suffix(T* z, const i64* labels, float* nll, std::uint8_t* correct, i64 rows,       \
                                            i64 width, float scale, i64 grad, int threads) {                            \
