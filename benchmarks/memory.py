@@ -166,22 +166,22 @@ def budget(shape: Shape, run: Settings) -> Budget:
 
 
 def _kept(shape: Shape, run: Settings) -> int:
-    """Each layer's input, ``T d c``, and without checkpointing its activations. The first layer's norm then keeps
-    nothing: the embeddings need no gradient."""
+    """Each layer's input, ``T d c``, and without checkpointing its activations. The first norm keeps nothing,
+    since the embeddings need no gradient, but its output is kept."""
     layer = run.tokens * shape.hidden * run.compute_bytes
     if run.checkpointing:
         return shape.layers * layer
-    return shape.layers * (layer + layer_activations(shape, run)) - _norm(shape, run)
+    return shape.layers * (layer + layer_activations(shape, run)) - 4 * run.tokens
 
 
 def layer_activations(shape: Shape, run: Settings) -> int:
     """What one layer keeps for its backward beside its input.
 
-    ``T c (5d + 2k + 4r)``: both norms' outputs, q, k, v, what attention gives, the sum after it, and the rank-r rows of
-    four linears; the norms' reciprocals in float32; and what the MLP keeps.
+    ``T c (3d + 2k + 4r)``: q, k, v, what attention gives, the sum after it, and the rank-r rows of four linears; the
+    norms' reciprocals in float32 (their outputs are computed again); and what the MLP keeps.
     """
     d, k, r, c = shape.hidden, shape.key_width, run.rank, run.compute_bytes
-    return run.tokens * (c * (5 * d + 2 * k + 4 * r) + 2 * 4) + _mlp_activations(shape, run)
+    return run.tokens * (c * (3 * d + 2 * k + 4 * r) + 2 * 4) + _mlp_activations(shape, run)
 
 
 def _mlp_activations(shape: Shape, run: Settings) -> int:
@@ -213,14 +213,14 @@ def _attention_work(shape: Shape, run: Settings) -> int:
     """``T c (3d + 3k)``: the gradients of q, k and v, of the output and of the residual, and a part of k's; tiles of
     scores, ``heads * 256 * keys``: three of the largest tile, with its part of q's gradient, and where query heads
     share a key head copies of its part of the output's gradient, and of q if there are several tiles. The MLP's
-    activations are gone, and three of width d."""
+    activations are gone, and two of width d."""
     d, k, c = shape.hidden, shape.key_width, run.compute_bytes
     tiles = _score_tiles(run)
     scores = 3 * max(tiles)
     rows, shares = min(ATTENTION_TILE, run.tokens), shape.heads > shape.kv_heads
     copies = 1 + shares + (shares and len(tiles) > 1)
     work = c * (run.tokens * (3 * d + 3 * k) + shape.heads * scores + copies * rows * d)
-    return work - _mlp_activations(shape, run) - run.tokens * (3 * d * c + 4)
+    return work - _mlp_activations(shape, run) - run.tokens * (2 * d * c + 4)
 
 
 def _head_work(shape: Shape, run: Settings) -> int:

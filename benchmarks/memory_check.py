@@ -97,6 +97,10 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     def loss() -> Tensor:
         return sft(model, batch).loss_sum
 
+    with native.left_out():
+        for layer in quantised:
+            layer.weight.dequantize()  # a table for decoding is made once, and stays
+
     with native.left_out(), gradient_checkpointing(model, "full" if run.checkpointing else "none"):
         attention._mask.cache_clear()  # else the masks of an earlier measurement would not be counted
         with LiveBytes() as forward:

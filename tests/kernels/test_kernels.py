@@ -15,7 +15,7 @@ from veneer.kernels.attention import document_attention, document_attention_refe
 from veneer.kernels.gated_mlp import ACTIVATIONS, LowRankLinear, gated_mlp, gated_mlp_reference
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
-from veneer.kernels.rms_norm import rms_norm, rms_norm_reference
+from veneer.kernels.rms_norm import Kept, rms_norm, rms_norm_reference
 
 DOUBLE = torch.float64
 
@@ -339,3 +339,41 @@ class TestDocumentAttention:
         alone = document_attention(q[:, 6:], k[:, 6:], v[:, 6:], [4], 0.5)
         packed = document_attention(q, k, v, [6, 4], 0.5)
         assert torch.equal(packed[:, 6:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_norm_gives_is_computed_again_and_not_kept(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64).to(dtype)
+    x = torch.randn(2, 40, 64).to(dtype).requires_grad_()
+    A, B = torch.randn(8, 64, requires_grad=True), torch.randn(96, 8, requires_grad=True)
+    W = torch.randn(96, 64).to(dtype)
+
+    def grads(normed: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        saved: list[Tensor] = []
+
+        def note(t: Tensor) -> Tensor:
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = lora_linear(normed(x), W, None, A, B, 2.0)
+        return list(torch.autograd.grad(y.float().square().sum(), (x, A, B))), saved
+
+    ours, few = grads(lambda x: rms_norm(x, weight, 1e-5))
+    plain, more = grads(lambda x: rms_norm(x, weight, 1e-5).clone())
+    for got, want in zip(ours, plain, strict=True):
+        assert torch.equal(got, want)
+    sizes = [
+        len({t.data_ptr() for t in saved if t.shape[-1] == 64 and t.numel() == x.numel()}) for saved in (few, more)
+    ]
+    assert sizes == [1, 2]  # the norm's input alone, or its output as well
+
+
+def test_an_output_of_a_norm_that_was_changed_is_kept_as_it_is() -> None:
+    x = torch.randn(3, 16, requires_grad=True)
+    y = rms_norm(x * 1, torch.ones(16), 1e-5)
+    assert Kept.of(y).rows is not y
+    with torch.no_grad():
+        y.mul_(2)
+    assert Kept.of(y).rows is y

@@ -2,8 +2,8 @@
 
 ``y = down(act(gate(x)) * up(x))``, each linear with its own ``s B A`` (Shazeer 2020, eq. 6; Hu et al. 2021, eq. 3).
 
-Kept for the backward: ``x``, ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases; on demand computed again
-instead of kept) and the rank-r rows;
+Kept for the backward: ``x`` (or what a norm made it from), ``e = gate(x)``, ``g = up(x)`` (scaled, before their biases;
+on demand computed again instead of kept) and the rank-r rows;
 ``act(e)`` and the product are computed again from ``e`` and ``g`` (elementwise, no matrix product), so fewer ``[T, f]``
 tensors are kept than eager code keeps, and no intermediate of the activation. ``A`` of gate and up are stacked: they
 read ``x`` once.
@@ -34,6 +34,7 @@ from veneer.kernels.lora_linear import (
     whole_rank,
 )
 from veneer.kernels.matmul import Plain, Turned, Weight, factor_grad, sum_of_products
+from veneer.kernels.rms_norm import Kept
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -109,7 +110,7 @@ def gated_mlp(
         return gated_mlp_reference(x, gate, up, down, act)
     flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
     scalings, drops = (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop)
-    result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, *flat)  # type: ignore[no-untyped-call]  # torch's
+    result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, Kept.of(x), *flat)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 
@@ -128,6 +129,7 @@ class _GatedMlp(torch.autograd.Function):
         recompute: bool,
         scalings: tuple[float, float, float],
         drops: tuple[Dropout | None, Dropout | None],
+        rows: Kept,
         *operands: Any,
     ) -> Tensor:
         wg, bg, Ag, Bg, rg, wu, bu, Au, Bu, ru, wd, bd, Ad, Bd, rd = operands
@@ -142,31 +144,35 @@ class _GatedMlp(torch.autograd.Function):
         m = activation(act, e if kg is None or bg is None else e + bg).mul_(g if ku is None or bu is None else g + bu)
         u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, drops[1])
         y = scale_rows(u, kd, bd)
-        trains_a = any(ctx.needs_input_grad[i] for i in (7, 12))
+        trains_a = any(ctx.needs_input_grad[i] for i in (8, 13))
         halves = (None, None) if recompute else (e, g)
-        kept = (flat if trains_a or recompute else None, *halves, hh, hd, Ag, Bg, Au, Bu, Ad, Bd)
+        kept_x = rows[:2] if trains_a or recompute else (None, None)
+        kept = (*kept_x, *halves, hh, hd, Ag, Bg, Au, Bu, Ad, Bd)
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
-        ctx.act, ctx.scalings, ctx.drops = act, scalings, drops
+        ctx.act, ctx.scalings, ctx.drops, ctx.eps = act, scalings, drops, rows.eps
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e0, g0, hh, hd, Ag, Bg, Au, Bu, Ad, Bd, kg, ku, kd, u = ctx.saved_tensors
+        rows, norm, e0, g0, hh, hd, Ag, Bg, Au, Bu, Ad, Bd, kg, ku, kd, u = ctx.saved_tensors
+        source = Kept(rows, norm, ctx.eps)
         wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
         rank = len(Ag)
         bg, bu, bd = (B.to(dy.dtype) for B in (Bg, Bu, Bd))
         if e0 is None:
+            x = source.again()
             e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, kg)
             g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, ku)
+            del x
         flat = dy.reshape(-1, dy.shape[-1])
         flat, drd = row_scale_grads(flat, u, kd)
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         m = activation(ctx.act, e).mul_(g)
         drop, drop_down = ctx.drops
-        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[17] else None, hd, bd, sd)
+        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[18] else None, hd, bd, sd)
         sa = scaled(Ad, sd, dy.dtype)
         dm = input_grad(Plain(flat, wd), p=pd, sa=sa, drop=drop_down, out=m)  # m is not needed any more
         de, dg = _gated_grads(ctx.act, e, g, dm)
@@ -177,7 +183,7 @@ class _GatedMlp(torch.autograd.Function):
         pp = torch.empty_like(hh)
         sum_of_products(Plain(de, bg), out=pp[:, :rank])
         sum_of_products(Plain(dg, bu), out=pp[:, rank:])
-        dAA = factor_grad(pp, masked(x, drop)) if ctx.trains_a else None
+        dAA = factor_grad(pp, masked(source.again(), drop)) if ctx.trains_a else None
         dBg, dBu = factor_grad(hh[:, :rank], de).t(), factor_grad(hh[:, rank:], dg).t()
         dx = None
         if ctx.needs_input_grad[0]:
@@ -189,4 +195,4 @@ class _GatedMlp(torch.autograd.Function):
         masters = (Ag, Bg, Au, Bu, Ad, Bd)
         gag, gbg, gau, gbu, gad, gbd = (None if t is None else t.to(m.dtype) for t, m in zip(grads, masters))
         gate, up, down = (None, None, gag, gbg, drg), (None, None, gau, gbu, dru), (None, None, gad, gbd, drd)
-        return dx, None, None, None, None, *gate, *up, *down
+        return dx, None, None, None, None, None, *gate, *up, *down

@@ -13,8 +13,9 @@ The backward multiplies the small matrices first and never forms ``dW`` or ``B A
 
 ``s A`` is rounded once from its master, so that the scaling costs no rounding of its own.
 
-Kept for the backward: ``x`` once, in its own dtype (not where A is frozen), ``h``, and with a row scale ``z``, which
-without a bias is the output itself; D is made again. A row whose scale is exactly zero gets no gradient of it.
+Kept for the backward: ``x`` once, in its own dtype, or what a norm made it from (neither where A is frozen), ``h``, and
+with a row scale ``z``, which without a bias is the output itself; D is made again. A row whose scale is exactly zero
+gets no gradient of it.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank.
 """
 
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, factor_grad, sum_of_products
+from veneer.kernels.rms_norm import Kept
 
 
 def lora_linear_reference(
@@ -80,7 +82,7 @@ def lora_linear(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale, drop)
     A, B = whole_rank(A, B, x.dtype)
-    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale, drop)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale, drop, Kept.of(x))  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -170,21 +172,23 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         row_scale: Tensor | None,
         drop: Dropout | None,
+        kept: Kept,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         sa, b = scaled(A, scaling, x.dtype), B.to(x.dtype)
         less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
         u, h = low_rank_forward(flat, weight, bias if less_one is None else None, sa, b, drop)
         y = scale_rows(u, less_one, bias)
-        kept_x, z = flat if ctx.needs_input_grad[3] else None, None if less_one is None else u
-        ctx.save_for_backward(kept_x, h, A, B, less_one, z)
-        ctx.weight, ctx.scaling, ctx.drop = weight, scaling, drop
+        kept_x, z = kept[:2] if ctx.needs_input_grad[3] else (None, None), None if less_one is None else u
+        ctx.save_for_backward(*kept_x, h, A, B, less_one, z)
+        ctx.weight, ctx.scaling, ctx.drop, ctx.eps = weight, scaling, drop, kept.eps
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B, less_one, z = ctx.saved_tensors
+        rows, norm, h, A, B, less_one, z = ctx.saved_tensors
+        x = None if rows is None else Kept(rows, norm, ctx.eps).again()
         flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), z, less_one)
         p, da, db = low_rank_grads(flat, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
         dx = None
@@ -192,4 +196,4 @@ class _LoraLinear(torch.autograd.Function):
             dx = input_grad(Plain(flat, ctx.weight), p=p, sa=scaled(A, ctx.scaling, dy.dtype), drop=ctx.drop)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         da = None if da is None else da.to(A.dtype)
-        return dx, None, None, da, db.to(B.dtype), None, dg, None
+        return dx, None, None, da, db.to(B.dtype), None, dg, None, None

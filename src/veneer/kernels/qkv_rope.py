@@ -5,8 +5,9 @@
 where ``R`` turns each pair of halves of a head: ``(u1, u2) -> (u1 c - u2 s, u2 c + u1 s)``. The rows of the three ``A``
 are stacked, so that x is read once; the rotation writes heads first, as attention reads them, with no copy in between.
 
-Kept for the backward: ``x`` once (not where every A is frozen) and the rank-r rows. A row scale needs each projection
-before its bias: where there is none, that is the output turned back, and attention keeps the output anyway.
+Kept for the backward: ``x`` once, or what a norm made it from (neither where every A is frozen), and the rank-r rows. A
+row scale needs each projection before its bias: where there is none, that is the output turned back, and attention
+keeps the output anyway.
 Names: ``T`` rows, ``d`` width, ``H`` query heads, ``K`` key heads, ``D`` size of a head, ``r`` rank.
 """
 
@@ -31,6 +32,7 @@ from veneer.kernels.lora_linear import (
     scaled,
 )
 from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
+from veneer.kernels.rms_norm import Kept
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 
@@ -39,7 +41,7 @@ def qkv_rope_reference(
     x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor
 ) -> Qkv:
     """The operation in plain PyTorch; the oracle of :func:`qkv_rope`."""
-    size = cos.shape[-1]
+    x, size = x.reshape(-1, x.shape[-1]), cos.shape[-1]
 
     def project(p: LowRankLinear) -> Tensor:
         y = lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale, p.drop)
@@ -57,7 +59,7 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
     """Queries, keys and values of a row of tokens, rotated.
 
     Args:
-        x: ``[T, d]`` in the base's dtype.
+        x: ``[..., d]`` in the base's dtype, ``T`` rows in all.
         q: ``d -> H D``; k and v: ``d -> K D``; all frozen.
         cos, sin: ``[T, D]`` of each position, in ``x``'s dtype; both halves of a row are the same.
 
@@ -69,7 +71,7 @@ def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, co
     if not (q.frozen and k.frozen and v.frozen):
         return qkv_rope_reference(x, q, k, v, cos, sin)
     flat = [t for p in (q, k, v) for t in p.operands(x.dtype)]
-    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), q.drop, *flat)  # type: ignore[no-untyped-call]  # torch's own
+    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), q.drop, Kept.of(x), *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -98,10 +100,12 @@ class _QkvRope(torch.autograd.Function):
         sin: Tensor,
         scalings: tuple[float, float, float],
         drop: Dropout | None,
+        source: Kept,
         *operands: Any,
     ) -> Qkv:
         weights, biases, As, Bs, scales = (operands[i::5] for i in range(5))
-        (rows, _), size = x.shape, cos.shape[-1]
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        rows, size = len(x), cos.shape[-1]
         stacked = torch.cat([scaled(A, s, x.dtype) for A, s in zip(As, scalings)])
         bs = [B.to(x.dtype) for B in Bs]
         less_one = [None if g is None else (g - 1).to(x.dtype) for g in scales]
@@ -114,17 +118,19 @@ class _QkvRope(torch.autograd.Function):
             y = scale_rows(u, less_one[i], biases[i]).view(rows, -1, size).transpose(0, 1)
             outs.append(_turn(y, cos, sin, y.new_empty(y.shape)) if i < 2 else y.contiguous())
             kept.append(u if less_one[i] is not None and biases[i] is not None else None)
-        trains_a = any(ctx.needs_input_grad[5 + 5 * i + 2] for i in range(3))
+        trains_a = any(ctx.needs_input_grad[6 + 5 * i + 2] for i in range(3))
+        kept_x = source[:2] if trains_a else (None, None)
         turned = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
-        ctx.save_for_backward(x if trains_a else None, hh, cos, sin, *As, *Bs, *less_one, *kept, *turned)
-        ctx.weights, ctx.scalings, ctx.drop = weights, scalings, drop
+        ctx.save_for_backward(*kept_x, hh, cos, sin, *As, *Bs, *less_one, *kept, *turned)
+        ctx.weights, ctx.scalings, ctx.drop, ctx.eps = weights, scalings, drop, source.eps
+        ctx.shape = shape
         q, k, v = outs
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hh, cos, sin, *lists = ctx.saved_tensors
+        rows, norm, hh, cos, sin, *lists = ctx.saved_tensors
         As, Bs, less_one, kept, outs = (lists[i : i + 3] for i in range(0, 15, 3))
         ranks = [len(A) for A in As]
         flats: list[Tensor] = []
@@ -141,16 +147,18 @@ class _QkvRope(torch.autograd.Function):
             sum_of_products(Plain(flat, Bs[i].to(flat.dtype)), out=p)
             dBs.append(factor_grad(h, flat).t())
         dAs: list[Tensor | None] = [None] * 3
-        if x is not None:
+        if rows is not None:
+            x = Kept(rows, norm, ctx.eps).again()
             dAA = torch.split(factor_grad(pp, masked(x, ctx.drop)), ranks)
+            del x
             dAs = [dA.mul_(s) for dA, s in zip(dAA, ctx.scalings)]
         dx = None
         if ctx.needs_input_grad[0]:
             stacked = torch.cat([scaled(A, s, hh.dtype) for A, s in zip(As, ctx.scalings)])
-            dx = input_grad(*map(Plain, flats, ctx.weights), p=pp, sa=stacked, drop=ctx.drop)
+            dx = input_grad(*map(Plain, flats, ctx.weights), p=pp, sa=stacked, drop=ctx.drop).view(ctx.shape)
         cast = [None if t is None else t.to(master.dtype) for t, master in zip((*dAs, *dBs), (*As, *Bs))]
         operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
-        return dx, None, None, None, None, *operands
+        return dx, None, None, None, None, None, *operands
 
 
 def _rows_first(t: Tensor, cos: Tensor, sin: Tensor, turned: bool, unit: bool = False) -> Tensor:

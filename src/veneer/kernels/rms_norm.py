@@ -6,11 +6,14 @@ Kept for the backward: ``x`` in its own dtype and ``rstd [T, 1]`` in float32. No
 
     g  = dy * w
     dx = rstd * (g - xhat * mean(g * xhat))    with xhat = x * rstd
+
+An operation that reads the output need not keep it: :class:`Kept` keeps ``x``, which is kept anyway, and computes the
+output again, bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +36,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.requires_grad:
         return rms_norm_reference(x, weight, eps)
     result: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]  # torch's own
+    if result.requires_grad:
+        result.__dict__[_ORIGIN] = Kept(x.detach(), weight, eps), result._version
     return result
+
+
+_ORIGIN = "_veneer_normed"  # on an output: what computes it again, and the version that it had then
+
+
+class Kept(NamedTuple):
+    """Rows that the backward of an operation needs: themselves, or what a norm made them from."""
+
+    rows: Tensor
+    weight: Tensor | None = None
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, x: Tensor) -> Kept:
+        """What to keep for ``x [..., d]``."""
+        origin, version = x.__dict__.get(_ORIGIN, (None, 0))
+        return cls(x) if origin is None or x._version != version else origin
+
+    def again(self) -> Tensor:
+        """``[T, d]``: the rows, flattened."""
+        flat = self.rows.reshape(-1, self.rows.shape[-1])
+        return flat if self.weight is None else _forward(flat, self.weight, self.eps)[0]
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, and ``rstd``."""
+    if native.can_take(x, weight):
+        out, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        native.call("rms_norm", x, weight, out, rstd, rstd.numel(), x.shape[-1], eps)
+        return out, rstd
+    xf = _wide(x)
+    # One pass for the squares: a norm per row instead of pow, mean and their temporaries.
+    rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y: Tensor = (xf * rstd).to(x.dtype)
+    return y.mul_(weight), rstd
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -44,16 +84,7 @@ def _wide(x: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if native.can_take(x, weight):
-            out, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-            native.call("rms_norm", x, weight, out, rstd, rstd.numel(), x.shape[-1], eps)
-            ctx.save_for_backward(x, rstd, weight)
-            return out
-        xf = _wide(x)
-        # One pass for the squares: a norm per row instead of pow, mean and their temporaries.
-        rstd = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y: Tensor = (xf * rstd).to(x.dtype)
-        y.mul_(weight)
+        y, rstd = _forward(x, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
         return y
 

@@ -58,7 +58,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | Non
     batch, length, _ = x.shape
     # Rows become documents of one long row.
     cos, sin = (t.expand(batch, length, -1).reshape(batch * length, -1) for t in turns)
-    q, k, v = qkv_rope(x.reshape(batch * length, -1), parts[0], parts[1], parts[2], cos, sin)
+    q, k, v = qkv_rope(x, parts[0], parts[1], parts[2], cos, sin)
     arguments = self.__dict__[_ATTRIBUTE]
     scaling = arguments.get("scaling") or q.shape[-1] ** -0.5
     window, softcap = arguments.get("sliding_window"), arguments.get("softcap")
