@@ -1,5 +1,6 @@
 # make demo      set up, then train and evaluate the bundled model on the demo's task
 # make test      the tests, without the slow ones        make test-all   all of them
+# make test-kernels   the GPU kernels under Triton's interpreter (part of make test)
 # make lint      ruff and mypy                           make clean      remove the environment
 #
 # Each target makes .venv when it is missing, and brings it up to date when pyproject.toml or constraints.txt changed.
@@ -17,19 +18,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean setup
+.PHONY: help demo test test-all test-kernels lint clean setup
 
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
 	$(BIN)/veneer demo
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev test-kernels
 	$(TESTS) -m "not slow"
 
-test-all: $(VENV)/.installed-dev
+test-all: $(VENV)/.installed-dev test-kernels
 	$(TESTS)
+
+test-kernels: $(VENV)/.installed-dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_rows_triton.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def _weights(
     With sinks the rows of ``P`` sum to less than one, and its gradient keeps its form: a sink has no value.
     """
     keys, tanh = k.shape[1], None
-    if softcap is None and sinks is None and scaling > 0 and native.can_take(q):
+    if softcap is None and sinks is None and scaling > 0 and native.can_take(q, function="softmax"):
         scores = torch.bmm(q, k.transpose(1, 2))
         native.call("softmax", scores, len(q) * q.shape[1], keys, rows, window or 0, scaling)
         return scores, None
@@ -158,7 +158,7 @@ def _weights(
 
 def _softmax_grad(dweights: Tensor, weights: Tensor, scaling: float) -> Tensor:
     """``scaling * P (dP - rowsum(P dP))``, perhaps in the place of ``dP``."""
-    if native.can_take(dweights, weights):
+    if native.can_take(dweights, weights, function="softmax_back"):
         native.call("softmax_back", dweights, weights, weights.numel() // weights.shape[-1], weights.shape[-1], scaling)
         return dweights
     ds: Tensor = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)

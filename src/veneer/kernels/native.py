@@ -1,8 +1,9 @@
-"""What the C++ in ``cpp`` holds: compiled once for this processor where there is a C++ compiler, else not there.
+"""Code of our own beside PyTorch's: C++ on the CPU (``cpp``), Triton on a GPU (``rows_triton``).
 
-The library lies in the cache folder under a name made of its source, the compiler and the processor. Its functions take
-contiguous tensors in float32 or bfloat16 on the CPU, and trust their callers with shapes. ``VENEER_KERNELS=torch`` in
-the environment leaves it out: every operation has its PyTorch code as well, and gives the same numbers to rounding.
+The C++ is compiled once for this processor where there is a compiler, else it is not there; the library lies in the
+cache folder under a name made of its source, the compiler and the processor. Functions take contiguous tensors in
+float32 or bfloat16, and trust their callers with shapes. ``VENEER_KERNELS=torch`` in the environment leaves all of it
+out: every operation has its PyTorch code as well, and gives the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +39,21 @@ class Missing(Exception):
 
 
 def can_take(*tensors: Tensor, function: str = "") -> bool:
-    """Whether there are functions for tensors like these: plain, on the CPU, of one dtype, contiguous.
+    """Whether there are functions for tensors like these: plain, on one device, of one dtype, contiguous.
 
     Args:
-        function: one that not every processor has.
+        function: one that not every processor has, or not every device.
     """
-    dtype = tensors[0].dtype
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    alike = dtype in _SUFFIXES and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
-    found = library() if plain and alike else None
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype not in _SUFFIXES or not all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.device == device and t.is_contiguous()
+        for t in tensors
+    ):
+        return False
+    if device.type == "cuda":
+        on_gpu = gpu_functions()
+        return on_gpu is not None and (not function or hasattr(on_gpu, function))
+    found = library() if device.type == "cpu" else None
     return found is not None and (not function or hasattr(found, f"{function}_{_SUFFIXES[dtype]}"))
 
 
@@ -55,6 +63,9 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     calls += 1
     first = arguments[0]
     assert isinstance(first, Tensor)
+    if first.device.type == "cuda":
+        getattr(gpu_functions(), name)(*arguments)
+        return
     function = getattr(library(), f"{name}_{_SUFFIXES[first.dtype]}")
     function(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
 
@@ -92,6 +103,20 @@ def left_out() -> Iterator[None]:
 
 
 _wanted = True
+
+
+def gpu_functions() -> ModuleType | None:
+    """Those for a GPU; None where they are not wanted or there is no Triton."""
+    return _triton() if _wanted and os.environ.get("VENEER_KERNELS") != "torch" else None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from veneer.kernels import rows_triton
+    except ImportError:
+        return None
+    return rows_triton
 
 
 def library() -> ctypes.CDLL | None:

@@ -65,7 +65,7 @@ def decode_4bit(codes: Tensor, scales: Tensor, scheme: str, out: Tensor) -> Tens
     if not rows:
         return out
     if (
-        native.can_take(out)
+        native.can_take(out, function="decode4")
         and codes.device == scales.device == out.device
         and codes.stride(1) == scales.stride(1) == 1
     ):

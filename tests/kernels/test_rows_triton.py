@@ -1,0 +1,152 @@
+"""The Triton kernels of what lies between products: under Triton's interpreter everywhere, and on a GPU.
+
+The interpreter must be wanted before triton is imported: ``make test-kernels``, a part of ``make test``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.kernels import native
+from veneer.kernels.dropout import Dropout
+from veneer.kernels.linear_cross_entropy import linear_cross_entropy
+from veneer.kernels.qkv_rope import _turn
+from veneer.kernels.rms_norm import rms_norm
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+ROUNDING = {BF16: 1e-2, FLOAT: 2e-6}
+
+
+def same_bits(dtype: torch.dtype, device: str) -> float:
+    """The tolerance where a GPU gives PyTorch's bits: the interpreter cuts bfloat16 off where a GPU rounds."""
+    return 2e-2 if dtype == BF16 and device == "cpu" else 0.0
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> ModuleType:
+    """The kernels in small programs."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set: make test-kernels")
+    module: Any = importlib.import_module("veneer.kernels.rows_triton")
+    module.WORDS, module.FLAT = 64, 32
+    return module  # type: ignore[no-any-return]  # Any, so that its sizes can be set
+
+
+@pytest.fixture(params=["interpreter", "gpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where operations take the Triton code: on the CPU with the interpreter, or on a GPU."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no NVIDIA GPU")
+        yield "cuda"
+        return
+    module = request.getfixturevalue("interpreted")
+
+    def can_take(*tensors: Tensor, function: str = "") -> bool:
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors)
+        return native._wanted and plain and (not function or hasattr(module, function))
+
+    monkeypatch.setattr(native, "can_take", can_take)
+    monkeypatch.setattr(native, "call", lambda name, *arguments: getattr(module, name)(*arguments))
+    yield "cpu"
+
+
+def assert_same(compute: Callable[[], list[Tensor]], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels give is what PyTorch gives, to rounding; that they ran is made sure of."""
+    calls: list[str] = []
+    call = native.call
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "call", lambda name, *rest: (calls.append(name), call(name, *rest)))
+        ours = compute()
+    assert calls
+    with native.left_out():
+        plain = compute()
+    for got, want in zip(ours, plain, strict=True):
+        assert got.dtype == want.dtype
+        error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, f"relative error {error:.1e} above {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FLOAT])
+class TestTheSameNumbers:
+    @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 64), (1, 1)])
+    def test_rms_norm(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        x, dy = (torch.randn(shape).to(device, dtype) for _ in range(2))
+        weight = torch.rand(shape[-1]).to(device, dtype)
+
+        def compute() -> list[Tensor]:
+            leaf = x.clone().requires_grad_()
+            y = rms_norm(leaf, weight, 1e-5)
+            return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+
+        assert_same(compute, ROUNDING[dtype], monkeypatch)
+
+    @pytest.mark.parametrize("scale", [1.0, 0.25])
+    @pytest.mark.parametrize("words", [5, 64, 301])  # less than a piece, one whole, and several with a rest
+    def test_cross_entropy(
+        self, words: int, scale: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(9, 16).to(device, dtype), torch.randn(words, 16).to(device, dtype)
+        targets = torch.randint(words, (9,), device=device)
+        targets[0] = -100
+        targets[1] = int((hidden[1].float() @ weight.float().T).argmax())
+
+        def compute() -> list[Tensor]:
+            leaf = hidden.clone().requires_grad_()
+            found = linear_cross_entropy(leaf, weight, targets, logit_scale=scale)
+            (grad,) = torch.autograd.grad(found.nll @ torch.arange(1.0, 9.0, device=device), leaf)
+            return [found.nll.detach(), found.correct.float(), grad]
+
+        assert_same(compute, ROUNDING[dtype], monkeypatch)
+
+    @pytest.mark.parametrize(("heads", "size"), [(3, 10), (9, 64)])
+    def test_rotation(
+        self, heads: int, size: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        u = torch.randn(11, heads, size).to(device, dtype).transpose(0, 1)
+        angle = torch.rand(11, size // 2).repeat(1, 2)
+        cos, sin = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+        def compute() -> list[Tensor]:
+            there = _turn(u, cos, sin, torch.empty(heads, 11, size, dtype=dtype, device=device))
+            back = torch.empty(11, heads, size, dtype=dtype, device=device)
+            _turn(there, cos, sin, back.transpose(0, 1), back=True)
+            return [there, back]
+
+        assert_same(compute, max(same_bits(dtype, device), 1e-6 if dtype == FLOAT else 0.0), monkeypatch)
+
+    @pytest.mark.parametrize("seed", [0, 77 * 2**33 + 5, 2**62 - 1])
+    def test_dropout_has_the_same_mask(
+        self, seed: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        x, total = torch.randn(2, 13, 17).to(device, dtype).unbind()
+        drop = Dropout(0.3, seed)
+        assert_same(lambda: [drop.of(x), drop.add(total.clone(), x)], same_bits(dtype, device), monkeypatch)
+        assert torch.equal(drop.of(x) != 0, drop.mask(x.numel(), device).view(x.shape))
+
+
+def test_logits_far_from_zero_and_what_is_no_number(device: str) -> None:
+    hidden = torch.tensor([[300.0], [-300.0], [float("nan")]], device=device)
+    weight = torch.linspace(-1, 1, 130, device=device)[:, None]
+    targets = torch.tensor([129, 129, 3], device=device)
+    found = linear_cross_entropy(hidden, weight, targets)
+    wide = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    want = -wide.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.nll[:2].double(), want[:2], rtol=1e-5, atol=1e-5)
+    assert bool(found.nll[2].isnan())
+    assert found.correct.tolist()[:2] == [True, False]
