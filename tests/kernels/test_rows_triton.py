@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -150,3 +152,39 @@ def test_logits_far_from_zero_and_what_is_no_number(device: str) -> None:
     torch.testing.assert_close(found.nll[:2].double(), want[:2], rtol=1e-5, atol=1e-5)
     assert bool(found.nll[2].isnan())
     assert found.correct.tolist()[:2] == [True, False]
+
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "_rms_norm": {"SIZE": 4096},
+    "_rms_norm_back": {"SIZE": 4096},
+    "_cross_entropy": {"GRAD": True, "WORDS": 8192, "PIECES": 16},
+    "_turn": {"HALF": 64, "HEADS": 4},
+    "_drop": {"ADD": True, "FLAT": 2048},
+}
+POINTERS = {"rstd": "*fp32", "nll": "*fp32", "labels": "*i64", "correct": "*u8"}  # the others have the model's dtype
+TENSORS = {"x", "w", "y", "dy", "dx", "z", "source", "out", "cos", "sin"}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_each_kernel_compiles_for_a_gpu(name: str, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(importlib.import_module("veneer.kernels.rows_triton"), name)
+    constants = CONSTANTS[name]
+    types = {}
+    for argument in kernel.arg_names:
+        whole = "i64" if argument in ("count", "low", "high", "threshold") else "i32"
+        number = "fp32" if argument in ("eps", "scale", "sign") else whole
+        kind = "*bf16" if argument in TENSORS else POINTERS.get(argument, number)
+        types[argument] = "constexpr" if argument in constants else kind
+    given = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    source = ASTSource(kernel, types, given)
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+    assert "fma.rn.f32" not in code or name == "_cross_entropy"  # whose exponential is made of them
+    assert not re.search(r"\bld\.local|\bst\.local", code)  # nothing spills
