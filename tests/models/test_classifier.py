@@ -16,6 +16,7 @@ from veneer.data.label_batch import LabelledBatch, collate_labelled
 from veneer.data.label_render import render_labelled
 from veneer.data.read import read
 from veneer.errors import ModelError, UsageError
+from veneer.evaluate import evaluate
 from veneer.models import Base, load_base
 from veneer.models.classifier import class_logits, labels_of, longest_row, pad_id_of_classifier
 
@@ -203,3 +204,10 @@ def test_a_model_without_a_padding_token_or_a_classifier_is_refused(tmp_path: Pa
 def test_a_base_in_codes_is_refused(folder: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="cannot be in codes"):
         load_base(folder("llama"), labels=LABELS, quantize="nf4", device="cpu")
+
+
+def test_a_classifier_in_memory_is_told_where_it_is_measured(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UsageError, match="is a classifier: it writes no answers"):
+        evaluate(load(folder("bert")), rows, metrics=["exact_match"])
