@@ -192,14 +192,14 @@ def _mlp_activations(shape: Shape, run: Settings) -> int:
 def _mlp_work(shape: Shape, run: Settings) -> int:
     """The larger of two moments. ``T c (3f + d + r)``: the gradients of gate and of up, and the product; the incoming
     gradient; the factors' gradients of the down projection. ``T c (2f + 2d + 3r)``: the product is gone, and the
-    input's gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a summand of the input's gradient,
-    ``T c d``, with a decoded tile, or the factors' gradients once more in float32. In both the copies of the factors:
+    input's gradient is made; all factors' gradients, ``c r (3f + 3d)``; and either a decoded tile or
+    the factors' gradients once more in float32. In both the copies of the factors:
     every B where c is not float32, and A times its scaling."""
     d, f, r, c = shape.hidden, shape.mlp, run.rank, run.compute_bytes
     copies = r * (2 * f + d) * c if c != 4 else 0
     factors = r * (3 * f + 3 * d)
     decoding = max(_decoding(out * width, run) for out, width in shape.linears[4:])
-    product = run.tokens * d * c + decoding if run.bits == 4 else 0
+    product = decoding if run.bits == 4 else 0
     gradients = copies + c * (run.tokens * (3 * f + d + r) + r * (2 * f + d))
     inputs = (
         copies

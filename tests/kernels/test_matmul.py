@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from veneer.kernels import native
 from veneer.kernels.lora_linear import lora_linear
-from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
+from veneer.kernels.matmul import Plain, Turned, as_tensor, factor_grad, sum_of_products
 from veneer.quant.config import QuantConfig
 from veneer.quant.encode import quantize
 from veneer.quant.packing import decode_4bit
@@ -138,20 +139,25 @@ def test_a_weight_in_codes_is_its_numbers(size: int, left_out: bool) -> None:
         assert (got.double() - want).norm() <= 4e-3 * want.norm()
 
 
-@needs_native
-def test_an_update_smaller_than_the_rounding_of_the_base_is_not_lost() -> None:
-    """A step of training changes an output by less than bfloat16 tells apart: a rounded base swallows it."""
-    x, w = draw(512, 256), draw(256, 256)
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("left_out", [True, pytest.param(False, marks=needs_native)])
+def test_an_update_smaller_than_the_rounding_of_the_base_is_not_lost(left_out: bool, coded: bool) -> None:
+    """A step of training changes an output by less than bfloat16 tells apart: a base rounded by itself swallows it."""
+    x, plain, bias = draw(512, 256), draw(256, 256), draw(256)
+    w = quantize(plain.float(), QuantConfig()).to(dtype=BF16) if coded else plain
     A, B = torch.randn(8, 256) / 16, 1e-3 * torch.randn(256, 8)
     want = (x.double() @ (B @ A).double().t()).flatten()
 
-    def arrives() -> float:
-        moved = lora_linear(x, w, None, A, B, 1.0) - lora_linear(x, w, None, A, 0 * B, 1.0)
+    def arrives(bias: Tensor | None) -> float:
+        moved = lora_linear(x, w, bias, A, B, 1.0) - lora_linear(x, w, bias, A, 0 * B, 1.0)
         return float(moved.double().flatten() @ want / want.square().sum())
 
-    assert arrives() == pytest.approx(1, abs=0.1)
-    with native.left_out():
-        assert arrives() < 0.5
+    with native.left_out() if left_out else contextlib.nullcontext():
+        assert arrives(None) == pytest.approx(1, abs=0.1)
+        assert 0.8 < arrives(bias) < 1.1  # PyTorch's way rounds the update with the bias first
+    rounded = x @ as_tensor(w).t()
+    swallowed = (rounded + (x @ A.to(BF16).t()) @ B.to(BF16).t() - rounded).double().flatten()
+    assert float(swallowed @ want / want.square().sum()) < 0.5  # as adapters over bfloat16 usually are
 
 
 @needs_native

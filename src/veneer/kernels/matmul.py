@@ -3,7 +3,8 @@
     y = sum over i of A_i W_i^T (or A_i W_i) + b        dF = P^T X, for a narrow P
 
 A weight and its low-rank update go into one sum, as do the gradients of linears that read the same rows. In native code
-every element is summed in float32 and rounded once; PyTorch's way rounds after each product.
+every element is summed in float32 and rounded once. PyTorch's way begins with the last product, the narrow one, and
+rounds each time that another is added: the small summand is there before the large ones are rounded, and not lost.
 Names: ``T`` rows, ``r`` rank.
 """
 
@@ -41,11 +42,11 @@ class FrozenMatrix(Protocol):
     def requires_grad(self) -> bool:
         """Always False."""
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [T, in]`` to ``x W^T + b [T, out]``."""
+    def linear(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """``x [T, in]`` to ``x W^T + b [T, out]``, or added to ``onto`` in place."""
 
-    def grad_input(self, dy: Tensor) -> Tensor:
-        """``dy [T, out]`` to ``dY W [T, in]``."""
+    def grad_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``dy [T, out]`` to ``dY W [T, in]``, or added to ``onto`` in place."""
 
     def dequantize(self) -> Tensor:
         """``[out, in]``, the weight that both products compute with."""
@@ -92,17 +93,22 @@ def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Ten
     """The sum of the products, ``[T, n]``; outside of autograd.
 
     Args:
-        bias: ``[n]``, added to it; the first product is then a turned one.
+        bias: ``[n]``, added to it.
         out: ``[T, n]`` to write it to, which none of the operands lies in; its rows may lie apart.
     """
     if (plain := _for_native(parts, bias)) is not None:
         return _native_sum(plain, bias, out)
-    y = _product(parts[0], bias, out)
-    for part in parts[1:]:
-        if isinstance(part.weight, Tensor):
-            y.addmm_(part.rows, part.weight.t() if isinstance(part, Turned) else part.weight)
+    # The last product is the narrow one of an update: the wide ones are added to it before they are rounded.
+    y = _product(parts[-1], bias if len(parts) == 1 else None, out)
+    if bias is not None and len(parts) > 1:
+        y += bias
+    for part in reversed(parts[:-1]):
+        rows, weight = part
+        turned = isinstance(part, Turned)
+        if isinstance(weight, Tensor):
+            y.addmm_(rows, weight.t() if turned else weight)
         else:
-            y.add_(_product(part))
+            (weight.linear if turned else weight.grad_input)(rows, onto=y)
     return y if out is None or out is y else out.copy_(y)
 
 
@@ -112,8 +118,10 @@ def _product(part: Turned | Plain, bias: Tensor | None = None, out: Tensor | Non
     if isinstance(part, Turned):
         return F.linear(rows, weight, bias) if isinstance(weight, Tensor) else weight.linear(rows, bias)
     if isinstance(weight, Tensor):
-        return torch.mm(rows, weight, out=out if out is not None and out.is_contiguous() else None)
-    return weight.grad_input(rows)
+        y = torch.mm(rows, weight, out=out if out is not None and out.is_contiguous() else None)
+    else:
+        y = weight.grad_input(rows)
+    return y if bias is None else y.add_(bias)
 
 
 def factor_grad(p: Tensor, x: Tensor) -> Tensor:

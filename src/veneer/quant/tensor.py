@@ -152,20 +152,21 @@ class QuantizedTensor:
             self._decoder(wanted)(slice(0, count), slice(0, width), out.view(count, width))
         return out
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """``x W^T + b``, outside of autograd.
 
         Args:
             x: ``[T, in]`` in :attr:`dtype`.
             bias: ``[out]``, or None.
+            onto: ``[T, out]`` that the product is added to in place, each sum rounded once; without a bias.
 
         Returns:
             ``[T, out]``.
         """
         height, width = self._matrix(flat=False)
         if self._is_odd:
-            return F.linear(x, self.dequantize(), bias)
-        y = torch.empty(x.shape[0], height, dtype=x.dtype, device=x.device)
+            return F.linear(x, self.dequantize(), bias) if onto is None else onto.addmm_(x, self.dequantize().t())
+        y = torch.empty(x.shape[0], height, dtype=x.dtype, device=x.device) if onto is None else onto
         decode = self._decoder(slice(0, height))
         step = min(height, max(1, self._tile_size() // width))
         tile = torch.empty(step, width, dtype=self.dtype, device=self.device)
@@ -173,25 +174,28 @@ class QuantizedTensor:
             rows = slice(first, min(first + step, height))
             weight = tile[: rows.stop - first]
             decode(rows, slice(0, width), weight)
-            if bias is None:
+            if onto is not None:
+                y[:, rows].addmm_(x, weight.t())
+            elif bias is None:
                 torch.mm(x, weight.t(), out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, weight.t(), out=y[:, rows])
         return y
 
-    def grad_input(self, dy: Tensor) -> Tensor:
+    def grad_input(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """``dY W``, outside of autograd. Tiles are columns: tiles of rows would be summed up, and rounded every time.
 
         Args:
             dy: ``[T, out]`` in :attr:`dtype`.
+            onto: ``[T, in]`` that the product is added to in place, each sum rounded once.
 
         Returns:
             ``[T, in]``.
         """
         height, width = self._matrix(flat=False)
         if self._is_odd:
-            return dy @ self.dequantize()
-        dx = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device)
+            return dy @ self.dequantize() if onto is None else onto.addmm_(dy, self.dequantize())
+        dx = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device) if onto is None else onto
         decode = self._decoder(slice(0, height))
         step = min(width, max(1, self._tile_size() // (height * self._group)) * self._group)
         tile = torch.empty(height * step, dtype=self.dtype, device=self.device)
@@ -199,7 +203,10 @@ class QuantizedTensor:
             columns = slice(first, min(first + step, width))
             weight = tile[: height * (columns.stop - first)].view(height, -1)
             decode(slice(0, height), columns, weight)
-            torch.mm(dy, weight, out=dx[:, columns])
+            if onto is None:
+                torch.mm(dy, weight, out=dx[:, columns])
+            else:
+                dx[:, columns].addmm_(dy, weight)
         return dx
 
     def _matrix(self, flat: bool = True) -> tuple[int, int]:
