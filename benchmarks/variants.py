@@ -8,9 +8,9 @@ Each run is a process of its own. Its result goes into ``--results`` at once, so
 was: what the file holds is not run again. ``--write`` makes the page and its pictures from the file alone.
 
 A method's learning rate is the one of ``--rates`` with the lowest held-out loss at the first seed, on rows that are not
-reported; where that is the largest, larger ones are tried too. The other seeds then run at it, and so does the second
-task. A method that fails is recorded with its error, and the others go on. ``--workers 2 --threads 1`` makes two runs
-at a time, sooner done than one after another.
+reported; where that is the largest, larger ones are tried too. The second task chooses between that one and the next
+lower one. The other seeds then run at what was chosen. A method that fails is recorded with its error, and the others
+go on. ``--workers 2 --threads 1`` makes two runs at a time, sooner done than one after another.
 
 ``--cost`` compares step time and memory instead: a method and its reference train in turn, block by block.
 """
@@ -114,7 +114,8 @@ class Bench:
     def phases(self, tasks: Sequence[Task], methods: list[Method]) -> Iterator[list[Record]]:
         """The runs, in lists: the runs of one are independent of each other, and what they find decides the next one.
 
-        The first task searches the rates; its choice holds for its other seeds and for the other tasks.
+        The first task searches the rates; the others try its choice and the next lower one. A task's own choice then
+        holds for its other seeds.
         """
         from benchmarks.variants_figures import chosen_rate
 
@@ -123,23 +124,27 @@ class Bench:
         bases = [self.record_of(task, None, 0, 0.0) for task in tasks]
         yield [*bases, *(self.record_of(first, method, 0, rate) for method in searching for rate in self.rates)]
         tried = list(self.rates)
-        common = {**self.common, "rows": first.digest}
 
-        def best() -> dict[str, float | None]:
-            mine = [r for r in self.results if r["task"] == first.label and r.get("common") == common]
+        def best(task: Task) -> dict[str, float | None]:
+            common = {**self.common, "rows": task.digest}
+            mine = [r for r in self.results if r["task"] == task.label and r.get("common") == common]
             mine = [r for r in mine if r["learning_rate"] in tried]
             return {method.name: chosen_rate(method.name, mine) for method in methods}
 
-        rates = best()
+        rates = best(first)
         for rate in HIGHER_RATES if len(tried) > 1 else ():
             rising = [method for method in searching if rates[method.name] == max(tried)]
             if rate <= max(tried) or not rising:
                 continue
             yield [self.record_of(first, method, 0, rate) for method in rising]
             tried.append(rate)
-            rates = best()
+            rates = best(first)
+        for task in tasks[1:]:
+            near = {name: [r for r in sorted(tried) if r <= (rate or 0)][-2:] for name, rate in rates.items()}
+            yield [self.record_of(task, method, 0, rate) for method in searching for rate in near[method.name]]
         for seed in range(self.seeds):
             for task in tasks:
+                rates = best(task)
                 yield [self.record_of(task, m, seed, rate) for m in methods if (rate := rates[m.name]) is not None]
 
     def measure(self, tasks: Sequence[Task], record: Record, machine: dict[str, Any]) -> Record:

@@ -246,6 +246,23 @@ def test_larger_rates_are_tried_where_the_largest_was_the_best(tmp_path: Path, m
     assert "| LoRA, r 16 | 0.0055 | 2 |" in told
 
 
+def test_the_second_task_tries_the_rate_of_the_first_and_the_one_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [Task(label, tmp_path / label, tmp_path / "held", "", label) for label in (TASK, "other rows")]
+
+    def in_process(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+        best = 1e-3 if job["rows"] == str(tasks[0].rows) else 3e-4  # the lower one is better on the other rows
+        figures = record(change=1000 * abs(job["learning_rate"] - best))
+        return {key: figures[key] for key in FIGURES}
+
+    monkeypatch.setattr(variants, "in_process", in_process)
+    bench = bench_of(Results(tmp_path / "results.jsonl"), tmp_path, rates=[1e-4, 3e-4, 1e-3, 3e-3])
+    assert bench.measure_all(tasks, chosen(["lora"]), record()["machine"])
+    other = [(r["seed"], r["learning_rate"]) for r in bench.results if r["task"] == "other rows"]
+    assert sorted(other) == [(0, 0.0), (0, 3e-4), (0, 1e-3), (1, 3e-4), (2, 3e-4)]
+
+
 def test_when_the_minutes_are_over_no_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = fake(monkeypatch)
     tasks = [Task(TASK, tmp_path / "rows", tmp_path / "held", "", "digest")]
