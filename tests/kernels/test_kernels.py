@@ -370,6 +370,38 @@ def test_what_a_norm_gives_is_computed_again_and_not_kept(dtype: torch.dtype) ->
     assert sizes == [1, 2]  # the norm's input alone, or its output as well
 
 
+def test_a_long_row_goes_through_the_mlp_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(out: int, width: int) -> LowRankLinear:
+        A, B = randn(4, width, grad=True), randn(out, 4, grad=True)
+        return LowRankLinear(randn(out, width), None, A, B, 2.0)
+
+    parts = linear(40, 16), linear(40, 16), linear(16, 40)
+    x = randn(2, 23, 16, grad=True)
+    leaves = [x, *(t for p in parts for t in (p.A, p.B))]
+    upstream = randn(2, 23, 16)
+
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+        rows = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.shape[-1:] == (40,) and result.shape[0] != 16:
+                self.rows = max(self.rows, len(result))
+            return result
+
+    def compute(recompute: bool) -> tuple[list[Tensor], int]:
+        with Largest() as largest:
+            y = gated_mlp(rms_norm(x, torch.ones(16, dtype=DOUBLE), 1e-6), *parts, recompute=recompute)
+            return [y.detach(), *torch.autograd.grad(y, leaves, upstream)], largest.rows
+
+    whole, all_rows = compute(recompute=False)
+    monkeypatch.setattr("veneer.kernels.gated_mlp.TILE", 10)
+    tiled, few_rows = compute(recompute=True)
+    for got, want in zip(tiled, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert (all_rows, few_rows) == (46, 10)
+
+
 def test_an_output_of_a_norm_that_was_changed_is_kept_as_it_is() -> None:
     x = torch.randn(3, 16, requires_grad=True)
     y = rms_norm(x * 1, torch.ones(16), 1e-5)

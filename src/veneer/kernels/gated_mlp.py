@@ -36,6 +36,7 @@ from veneer.kernels.lora_linear import (
 from veneer.kernels.matmul import Plain, Turned, Weight, factor_grad, sum_of_products
 from veneer.kernels.rms_norm import Kept
 
+TILE = 4096  # rows
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -99,7 +100,8 @@ def gated_mlp(
         x: ``[..., d]`` in the base's dtype.
         gate, up: linears ``d -> f``; down: ``f -> d``; ranks may differ.
         act: one of :data:`ACTIVATIONS`.
-        recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them.
+        recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them. It then goes by tiles
+            of :data:`TILE` rows, and nothing of size ``[T, f]`` exists; but not with dropout, whose mask counts all rows.
 
     Returns:
         ``[..., d]`` in ``x``'s dtype.
@@ -110,8 +112,15 @@ def gated_mlp(
         return gated_mlp_reference(x, gate, up, down, act)
     flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
     scalings, drops = (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop)
-    result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, Kept.of(x), *flat)  # type: ignore[no-untyped-call]  # torch's
-    return result
+
+    def apply(x: Tensor, source: Kept) -> Tensor:
+        result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, source, *flat)  # type: ignore[no-untyped-call]  # torch's
+        return result
+
+    if not recompute or x.numel() <= TILE * x.shape[-1] or any(drops):
+        return apply(x, Kept.of(x))
+    parts = zip(torch.split(x.reshape(-1, x.shape[-1]), TILE), Kept.of(x).split(TILE))
+    return torch.cat([apply(*part) for part in parts]).view(*x.shape[:-1], down.weight.shape[0])
 
 
 def _projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:

@@ -57,6 +57,12 @@ class Kept(NamedTuple):
         origin, version = x.__dict__.get(_ORIGIN, (None, 0))
         return cls(x) if origin is None or x._version != version else origin
 
+    def split(self, size: int) -> list[Kept]:
+        """The same of parts of so many rows."""
+        return [
+            Kept(part, self.weight, self.eps) for part in torch.split(self.rows.reshape(-1, self.rows.shape[-1]), size)
+        ]
+
     def again(self) -> Tensor:
         """``[T, d]``: the rows, flattened."""
         flat = self.rows.reshape(-1, self.rows.shape[-1])
