@@ -100,8 +100,9 @@ def gated_mlp(
         x: ``[..., d]`` in the base's dtype.
         gate, up: linears ``d -> f``; down: ``f -> d``; ranks may differ.
         act: one of :data:`ACTIVATIONS`.
-        recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them. It then goes by tiles
-            of :data:`TILE` rows, and nothing of size ``[T, f]`` exists; but not with dropout, whose mask counts all rows.
+        recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them. It then goes by
+            tiles of :data:`TILE` rows, and nothing of size ``[T, f]`` exists; but not with dropout, whose mask counts
+            all rows.
 
     Returns:
         ``[..., d]`` in ``x``'s dtype.
