@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -368,6 +369,17 @@ def test_what_a_norm_gives_is_computed_again_and_not_kept(dtype: torch.dtype) ->
         len({t.data_ptr() for t in saved if t.shape[-1] == 64 and t.numel() == x.numel()}) for saved in (few, more)
     ]
     assert sizes == [1, 2]  # the norm's input alone, or its output as well
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_by_documents_is_the_same(key_heads: int, prefix: int) -> None:
+    lengths = [5, 7, 1, 9]
+    q = randn(4, sum(lengths), 8, grad=True)
+    k, v = (randn(key_heads, sum(lengths), 8, grad=True) for _ in range(2))
+    fused = functools.partial(attention.by_documents, lengths=lengths, scaling=0.3, prefix=prefix)
+    plain = functools.partial(document_attention_reference, lengths=lengths, scaling=0.3, prefix=prefix)
+    assert_same_as_reference(fused, plain, q, k, v)
 
 
 def test_a_long_row_goes_through_the_mlp_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

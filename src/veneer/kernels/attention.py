@@ -14,6 +14,8 @@ Documents that begin with the same tokens (one system prompt) may share them: th
 as its first document, and the others read its keys and values before their own. The result is the same, since under a
 causal mask a beginning does not know what follows it; its gradient is the sum over all who read it.
 
+On a GPU each document goes to PyTorch's attention (:func:`by_documents`), unless a window, a cap or sinks are wanted.
+
 Names: ``T`` positions of the packed row, ``L`` of one document, ``H`` query heads, ``K`` key heads, ``D`` head size.
 """
 
@@ -27,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from veneer.kernels import native
 from veneer.kernels.check import checked
@@ -94,8 +98,22 @@ def document_attention(
     """
     if prefix not in (0, lengths[0]):
         raise ValueError(f"a shared beginning of {prefix} positions must be the first document, of {lengths[0]}")
+    if q.device.type == "cuda" and window is None and softcap is None and sinks is None:
+        return by_documents(q, k, v, lengths, scaling, prefix)
     result: Tensor = _DocumentAttention.apply(q, k, v, tuple(lengths), scaling, window, softcap, prefix, sinks)  # type: ignore[no-untyped-call]  # torch's own
     return result
+
+
+def by_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float, prefix: int = 0) -> Tensor:
+    """The same by PyTorch's own attention, a call for each document: on a GPU that is its flash kernel."""
+    outs = []
+    for start, length in zip(itertools.accumulate(lengths, initial=0), lengths):
+        shared, end = prefix if start else 0, start + length
+        keys, values = (_keys(t, start, end, shared)[None] for t in (k, v))
+        mask: Any = causal_lower_right(length, shared + length) if shared else None
+        options: dict[str, Any] = {"scale": scaling, "is_causal": not shared, "enable_gqa": len(q) > len(k)}
+        outs.append(F.scaled_dot_product_attention(q[None, :, start:end], keys, values, attn_mask=mask, **options))
+    return torch.cat(outs, 2)[0]
 
 
 def _tiles(lengths: Sequence[int], window: int | None, prefix: int) -> Iterator[tuple[int, int, int, int]]:
