@@ -261,3 +261,32 @@ def test_a_head_with_unknown_arithmetic_is_refused() -> None:
     model.forward = forward
     with pytest.raises(ModelError, match="changes its logits"):
         check_head(model)
+
+
+@pytest.mark.parametrize("rows", [3, 70])  # too few for products in native code, and enough
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_an_adapter_that_is_fresh_or_off_changes_no_bit(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    module = transformers.LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+    for name, parameter in module.named_parameters():
+        if "bias" in name:
+            parameter.normal_()
+    fuse(module)
+    ids = torch.randint(64, (1, rows))
+    base = module(ids, use_cache=False).logits
+    adapted = attach(module, LoraConfig(r=8, target_modules="all-linear"), seed=0)
+    fresh = module(ids, use_cache=False).logits
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    trained = module(ids, use_cache=False).logits
+    with adapted.disabled():
+        off = module(ids, use_cache=False).logits
+    assert torch.equal(fresh, base)
+    assert torch.equal(off, base)
+    assert not torch.equal(trained, base)

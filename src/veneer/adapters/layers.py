@@ -21,7 +21,7 @@ from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.dora import square_norms
 from veneer.adapters.variant import Variant
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.frozen import frozen_linear
+from veneer.kernels.frozen import has_own_forward
 from veneer.kernels.lora_linear import lora_linear
 from veneer.kernels.matmul import Turned, Weight, as_tensor, sum_of_products
 from veneer.quant import QuantizedLinear
@@ -235,18 +235,11 @@ class LoraLinear(nn.Module):
             found.append(LoraFactors(*adapter.factors(), adapter.scaling, dropout, adapter.row_scale(self)))
         return found
 
-    def _base_alone(self, x: Tensor) -> Tensor:
-        """The base's output, from the products that an adapter is added to: a fresh one changes no bit of it."""
-        layer = self.base_layer
-        if type(layer) is nn.Linear and self.is_plain(x) and not any(p.requires_grad for p in layer.parameters()):
-            return frozen_linear(x, layer.weight, layer.bias)
-        return layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` to ``[..., out]``, in the base's dtype."""
         factors = self.active_factors()
         if not factors:
-            return self._base_alone(x)
+            return self.base_layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         only = factors[0]
         if len(factors) == 1 and self.is_plain(x):
             weight = self.weight
@@ -275,7 +268,7 @@ class LoraLinear(nn.Module):
         return (
             x.dtype == self.weight.dtype
             and (self.transposed or type(base).forward in (nn.Linear.forward, QuantizedLinear.forward))
-            and "forward" not in base.__dict__
+            and not has_own_forward(base)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and not torch.is_autocast_enabled(x.device.type)
         )

@@ -17,6 +17,7 @@ from veneer.adapters.layers import LoraLinear
 from veneer.generate.cache import BufferLayer
 from veneer.kernels import native
 from veneer.kernels.decoder_step import DecoderStep, StepLayer, StepLinear, few_rows_linear
+from veneer.kernels.frozen import has_own_forward
 from veneer.models.fused import FusedGatedMlp, FusedRmsNorm
 from veneer.models.fused_attention import attention_arguments
 
@@ -157,7 +158,7 @@ def _linear(layer: Any, like: Tensor) -> StepLinear | None:
     adapted = isinstance(layer, LoraLinear)
     if adapted and (layer.transposed or not layer.is_plain(like)):
         return None
-    if not adapted and (type(layer) is not nn.Linear or "forward" in layer.__dict__):
+    if not adapted and (type(layer) is not nn.Linear or has_own_forward(layer)):
         return None
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor) or not native.can_take(like, weight, *([] if bias is None else [bias])):

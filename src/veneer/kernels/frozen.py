@@ -8,13 +8,15 @@ Names: ``T`` rows (all leading dimensions flattened).
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, sum_of_products
 
@@ -38,6 +40,27 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     """
     result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
     return result
+
+
+def take_over(linear: nn.Module) -> None:
+    """Gives an ``nn.Linear`` the product that an adapter over it is added to, where that is not PyTorch's own.
+
+    A fresh adapter then changes no bit, and a disabled one none either.
+    """
+    if type(linear) is nn.Linear and native.can_take(linear.weight[:0], function="matmul"):
+        linear.forward = types.MethodType(_forward, linear)  # type: ignore[method-assign]  # on this instance
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody else than :func:`take_over` has put a forward onto the instance."""
+    return getattr(module.__dict__.get("forward", _forward), "__func__", _forward) is not _forward
+
+
+def _forward(self: nn.Linear, x: Tensor) -> Tensor:
+    is_frozen = not any(p.requires_grad for p in self.parameters())
+    if not is_frozen or x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, self.weight, self.bias)
+    return frozen_linear(x, self.weight, self.bias)
 
 
 class _FrozenLinear(torch.autograd.Function):

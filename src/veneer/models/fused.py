@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels.frozen import take_over
 from veneer.kernels.gated_mlp import gated_mlp
 from veneer.kernels.rms_norm import rms_norm
 from veneer.models import attention
@@ -71,6 +72,11 @@ class Fused:
 
 def fuse(module: nn.Module) -> Fused:
     """Swaps what is recognised in ``module`` (in place) and routes its attention through ours where it can be."""
+    outputs: Any = getattr(module, "get_output_embeddings", lambda: None)
+    head = outputs()
+    for part in module.modules():
+        if part is not head:
+            take_over(part)
     fused = Fused(documents=_route_attention(module))
     verdicts: dict[type, bool] = {}
     for parent in list(module.modules()):
