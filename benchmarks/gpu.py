@@ -29,6 +29,7 @@ from torch import nn
 
 from benchmarks.gpu_checks import SIZES, checks
 from benchmarks.memory import SHAPES, Shape
+from benchmarks.memory_check import batch_of, llama_config
 
 PARTS = ("checks", "limits", "train", "peers", "decode")
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -114,20 +115,11 @@ def limits(card: Card, dry: bool) -> Row:
 
 def random_model(shape: Shape, quantize: str, device: str) -> Any:
     """A random model of that shape on the card, in bfloat16; its layers are put into codes one by one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from veneer.quant import QuantConfig, QuantizedLinear
 
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=8192,
-    )
+    config = llama_config(shape, max_position_embeddings=8192)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     for name, module in list(model.named_modules()):
@@ -147,13 +139,6 @@ def random_model(shape: Shape, quantize: str, device: str) -> Any:
     return model.train()
 
 
-def batch_of(shape: Shape, tokens: int, device: str) -> Any:
-    """One packed row of one document, all of it trained."""
-    from benchmarks.memory_check import _batch
-
-    return _batch(shape, argparse.Namespace(tokens=tokens, trained=None)).to(device)
-
-
 def train(card: Card, case: Case, flops: float) -> Row:
     """Whole steps of Veneer: what ``train_step`` does, without the data and the files around it."""
     from veneer.adapters import LoraConfig, attach
@@ -166,7 +151,7 @@ def train(card: Card, case: Case, flops: float) -> Row:
     fuse(model)
     adapted = attach(model, LoraConfig(**{**LORA, **case.adapter}), seed=0)
     optimizer = FlatAdamW(adapted.named_parameters())
-    batch = batch_of(case.shape, case.tokens, card.device)
+    batch = batch_of(case.shape, case.tokens).to(card.device)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -91,7 +91,7 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     adapted = attach(model, LoraConfig(r=run.rank, lora_alpha=2 * run.rank), seed=seed)
     optim = "adamw" if run.moment_bits == 32 else "adamw_8bit"
     optimizer = FlatAdamW(adapted.named_parameters(), optim=optim)
-    batch = _batch(shape, run)
+    batch = batch_of(shape, run.tokens, run.trained)
     model.train()
 
     def loss() -> Tensor:
@@ -130,10 +130,11 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     )
 
 
-def _model(shape: Shape, run: Settings) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: Shape, **more: Any) -> Any:
+    """transformers' configuration of a shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
@@ -141,8 +142,14 @@ def _model(shape: Shape, run: Settings) -> Any:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied,
+        **more,
     )
-    return LlamaForCausalLM(config).to(DTYPES[run.compute_bytes]).requires_grad_(False)
+
+
+def _model(shape: Shape, run: Settings) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(llama_config(shape)).to(DTYPES[run.compute_bytes]).requires_grad_(False)
 
 
 def _quantise(model: Any, run: Settings) -> list[Any]:
@@ -159,16 +166,17 @@ def _quantise(model: Any, run: Settings) -> list[Any]:
     return found
 
 
-def _batch(shape: Shape, run: Settings) -> Any:
+def batch_of(shape: Shape, tokens: int, count: int | None = None) -> Any:
+    """One packed row of one document, of which the last ``count`` tokens are trained; None: all."""
     import numpy as np
 
     from veneer.data.dataset import Example
     from veneer.data.pack import collate_packed
 
-    trained = np.zeros(run.tokens + 1, dtype=bool)
-    trained[-(run.tokens if run.trained is None else run.trained) :] = True
-    ids = np.random.default_rng(0).integers(0, shape.vocab, run.tokens + 1).astype(np.int32)
+    trained = np.zeros(tokens + 1, dtype=bool)
+    trained[-(tokens if count is None else count) :] = True
+    ids = np.random.default_rng(0).integers(0, shape.vocab, tokens + 1).astype(np.int32)
     batch = collate_packed([Example(ids, trained, "row")])
     batch.input_ids, batch.position_ids = batch.input_ids[:, :-1], batch.position_ids[:, :-1]
-    batch.targets, batch.document_lengths = batch.targets[:, :-1], [run.tokens]
+    batch.targets, batch.document_lengths = batch.targets[:, :-1], [tokens]
     return batch

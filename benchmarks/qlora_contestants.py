@@ -96,20 +96,12 @@ def write_random_llama(shape: Shape, folder: Path, seed: int) -> None:
     """A Hugging Face folder of that shape, without a tokenizer: one safetensors file for each layer."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+
+    from benchmarks.memory_check import llama_config
 
     folder.mkdir(parents=True)
-    LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(str(folder))
+    config = llama_config(shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(str(folder))
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int) -> torch.Tensor:

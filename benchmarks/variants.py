@@ -208,7 +208,8 @@ def estimate(bench: Bench, tasks: list[Task], methods: list[Method]) -> str:
 
 
 def planned(bench: Bench, tasks: Sequence[Task], place: int, methods: list[Method]) -> int:
-    """How many runs of a task the file lacks; those whose rate is not known yet are counted as lacking."""
+    """How many runs of a task the file lacks; those whose rate is not known yet are counted as lacking, but
+    for the lower rate that another task than the first tries."""
     label = tasks[place].label
     searching = sum(m.rate_of is None for m in methods) * (len(bench.rates) - 1) if place == 0 else 0
     total = 1 + len(methods) * bench.seeds + searching

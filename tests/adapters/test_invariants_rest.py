@@ -337,10 +337,11 @@ def test_18_exactly_the_budget_is_kept(name: str, stored: str, target: int) -> N
         if hook.schedule.reallocates(step):
             assert counts[-1] == hook.schedule.budget(step)
     assert (counts[0], counts[-1]) == (4 * 14, target * 14)
+    adapted.module.double()  # trimming changes the order of the sums: no rounding of float32 on top
     after = logits(adapted.module)
     adapted.trim()
     assert sum(a.r for a in adapted.linears().values()) >= target * 14
-    assert (logits(adapted.module) - after).norm() <= 3e-7 * after.norm()  # what float32 rounds
+    torch.testing.assert_close(logits(adapted.module), after, rtol=0, atol=1e-6)
 
 
 # 19. Trained tokens: no other row moves, a tied head reads the same rows, a head keeps its bias

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from native_pairs import assert_near, both
 from torch import Tensor
 
 from veneer.kernels import native
@@ -35,25 +36,6 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-def both(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What native code and PyTorch give, tensor by tensor; that the first ran is made sure of."""
-    calls: list[str] = []
-    call = native.call
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "call", lambda name, *rest: (calls.append(name), call(name, *rest)))
-        ours = compute()
-    assert calls
-    with monkeypatch.context() as patch, native.left_out():
-        patch.setattr(native, "call", None)
-        yield from zip(ours, compute(), strict=True)
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    assert got.dtype == want.dtype
-    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
-    assert error <= tolerance, f"relative error {error:.1e} above {tolerance:.0e}"
 
 
 @needs_native

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_pairs import assert_near, both
 from torch import Tensor, nn
 
 from veneer.kernels import native
@@ -63,19 +64,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def assert_same(compute: Callable[[], list[Tensor]], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels give is what PyTorch gives, to rounding; that they ran is made sure of."""
-    calls: list[str] = []
-    call = native.call
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "call", lambda name, *rest: (calls.append(name), call(name, *rest)))
-        ours = compute()
-    assert calls
-    with native.left_out():
-        plain = compute()
-    for got, want in zip(ours, plain, strict=True):
-        assert got.dtype == want.dtype
-        error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
-        assert error <= tolerance, f"relative error {error:.1e} above {tolerance:.0e}"
+    """What the kernels give is what PyTorch gives, to rounding."""
+    for got, want in both(monkeypatch, compute):
+        assert_near(got, want, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT])

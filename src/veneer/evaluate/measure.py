@@ -323,7 +323,7 @@ def _base_of(model: Base | AdaptedModel) -> Base:
             "this model has no tokenizer to evaluate with",
             fix="attach the adapter to what veneer.load_base returns, or evaluate in a loop of your own",
         )
-    if getattr(base.module.config, "problem_type", None) == "single_label_classification":
+    if base.labels:
         raise UsageError(
             "this model is a classifier: it writes no answers",
             fix="measure it with veneer.evaluate.classify.evaluate_classes, or with 'veneer eval' on its run folder",

@@ -93,7 +93,7 @@ def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Ten
     """The sum of the products, ``[T, n]``; outside of autograd.
 
     Args:
-        bias: ``[n]``, added to it.
+        bias: ``[n]``, added to it; the products are then turned ones.
         out: ``[T, n]`` to write it to, which none of the operands lies in; its rows may lie apart.
     """
     if (plain := _for_native(parts, bias)) is not None:
@@ -118,10 +118,8 @@ def _product(part: Turned | Plain, bias: Tensor | None = None, out: Tensor | Non
     if isinstance(part, Turned):
         return F.linear(rows, weight, bias) if isinstance(weight, Tensor) else weight.linear(rows, bias)
     if isinstance(weight, Tensor):
-        y = torch.mm(rows, weight, out=out if out is not None and out.is_contiguous() else None)
-    else:
-        y = weight.grad_input(rows)
-    return y if bias is None else y.add_(bias)
+        return torch.mm(rows, weight, out=out if out is not None and out.is_contiguous() else None)
+    return weight.grad_input(rows)
 
 
 def factor_grad(p: Tensor, x: Tensor) -> Tensor:

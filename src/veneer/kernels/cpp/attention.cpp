@@ -12,9 +12,6 @@
 
 namespace {
 
-using Pair = std::uint32_t;  // two bf16 that are multiplied and added together
-typedef std::uint32_t __attribute__((may_alias)) StoredPair;  // one where it lies as two bf16
-
 constexpr i64 TILE = 64, LANES = 16, ROWS = 6, COLUMNS = 4 * LANES;
 
 // C[m, n] (+)= sum over k of A[m, k] B[k, n], in pairs along k. A's pairs lie at a[m * a_row + k * a_pair]; B and C
@@ -54,8 +51,6 @@ void product(const StoredPair* a, i64 a_row, i64 a_pair, const Pair* b, i64 ldb,
         strip<4>(a, a_row, a_pair, b + j, ldb, c + j, ldc, rows, depth, add);
     for (; j < columns; j += LANES) strip<1>(a, a_row, a_pair, b + j, ldb, c + j, ldc, rows, depth, add);
 }
-
-inline i64 up_to(i64 n, i64 step) { return (n + step - 1) / step * step; }
 
 inline Pair join(bf16 low, bf16 high) { return Pair(low.bits) | Pair(high.bits) << 16; }
 

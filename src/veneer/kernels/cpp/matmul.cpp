@@ -15,8 +15,6 @@
 
 namespace {
 
-using Pair = std::uint32_t;                                   // two bf16 that are multiplied and added together
-typedef std::uint32_t __attribute__((may_alias)) StoredPair;  // one where it lies as two bf16
 struct alignas(64) Line {
     Pair pairs[16];
 };
@@ -35,7 +33,6 @@ struct Products {
     bf16* out;
 };
 
-inline i64 up_to(i64 n, i64 step) { return (n + step - 1) / step * step; }
 inline __mmask16 first(i64 n) { return __mmask16((1u << std::min<i64>(n, LANES)) - 1); }
 
 void transpose(__m512i r[16]) {
