@@ -22,6 +22,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -265,7 +266,17 @@ def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:
         "threads": options.threads,
         "workers": options.workers,
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """What the code is, where it lies in a git checkout; else nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def reason(failure: SystemExit) -> str:

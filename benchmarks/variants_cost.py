@@ -2,7 +2,7 @@
 
 Both hold their whole run and take the same rows; while one trains a block of steps the other waits. Each pair of blocks
 gives a ratio, in the order A B, B A, A B, so that a machine that warms up or slows down favours neither. The first
-block of each warms up and is not counted.
+block of each warms up and is not counted. Both are started anew a few times, as a peak depends on chance.
 
 ``python -m benchmarks.variants_cost JOB`` is such a process: it answers each line of its input with a block.
 """
@@ -74,21 +74,35 @@ class Contestant:
         self._errors.close()
 
 
-def compare(job: Job, reference: Job, rounds: int) -> dict[str, Any]:
+def compare(job: Job, reference: Job, rounds: int, starts: int = 3) -> dict[str, Any]:
     """The ratios of two jobs, ``job`` over ``reference``.
+
+    Args:
+        rounds: pairs of blocks, dealt out to the starts.
+        starts: of both processes anew, each with a seed, and so an order of the rows, of its own: where the heap gets
+            its gaps, a few percent of the peak, is a matter of chance.
 
     Returns:
         ``step_ratio`` (the median of the pairs), ``step_low`` and ``step_high`` (their quartiles), ``memory_ratio`` of
-        the peaks from the first step on, ``whole_ratio`` of the peaks of the whole processes, and the pairs.
+        the peaks from the first step on, ``whole_ratio`` of the peaks of the whole processes (medians over the starts),
+        ``memories`` of each start, and the pairs.
 
     Raises:
         SystemExit: one of them failed.
     """
-    folder = Path(job["folder"])
+    starts = min(starts, rounds)
+    return ratios(
+        [_in_turn(job, reference, start, rounds // starts + (start < rounds % starts)) for start in range(starts)]
+    )
+
+
+def _in_turn(job: Job, reference: Job, start: int, rounds: int) -> list[tuple[Block, Block]]:
+    folder = Path(job["folder"]) / f"start-{start}"
     both: list[Contestant] = []
     try:
         for name, each in (("variant", job), ("reference", reference)):
-            both.append(Contestant({**each, "folder": str(folder / name), "steps": each["block"] * (rounds + 1)}))
+            own = {"folder": str(folder / name), "seed": each["seed"] + start, "steps": each["block"] * (rounds + 1)}
+            both.append(Contestant({**each, **own}))
             both[-1].block()
         pairs = []
         for number in range(rounds):
@@ -98,20 +112,22 @@ def compare(job: Job, reference: Job, rounds: int) -> dict[str, Any]:
     finally:
         for contestant in both:
             contestant.close()
-    return ratios(pairs)
+    return pairs
 
 
-def ratios(pairs: list[tuple[Block, Block]]) -> dict[str, Any]:
-    """What pairs of blocks come to; see :func:`compare`."""
+def ratios(starts: list[list[tuple[Block, Block]]]) -> dict[str, Any]:
+    """What the pairs of blocks of each start come to; see :func:`compare`."""
+    pairs = [pair for start in starts for pair in start]
     steps = [one["seconds"] / other["seconds"] for one, other in pairs]
     low, _, high = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
-    last = pairs[-1]
+    memories = [start[-1][0]["training_gb"] / start[-1][1]["training_gb"] for start in starts]
     return {
         "step_ratio": statistics.median(steps),
         "step_low": low,
         "step_high": high,
-        "memory_ratio": last[0]["training_gb"] / last[1]["training_gb"],
-        "whole_ratio": last[0]["whole_gb"] / last[1]["whole_gb"],
+        "memory_ratio": statistics.median(memories),
+        "whole_ratio": statistics.median(start[-1][0]["whole_gb"] / start[-1][1]["whole_gb"] for start in starts),
+        "memories": memories,
         "steps": steps,
         "blocks": [[one["seconds"], other["seconds"]] for one, other in pairs],
     }

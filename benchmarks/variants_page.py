@@ -71,6 +71,8 @@ def _about(found: Findings) -> list[str]:
     for task, records in found.runs.items():
         common, machine = records[-1]["common"], records[-1]["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        if commits := sorted({record["machine"]["commit"] for record in records if record["machine"].get("commit")}):
+            versions += f" at commit {', '.join(commits)}"
         half = len(records[-1]["tokens"]) // 2
         searched = any(len(outcome.by_rate) > 1 for outcome in found.tasks[task].values())
         rates = (

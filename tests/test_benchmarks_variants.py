@@ -512,10 +512,18 @@ def block(seconds: float, training: float = 1.0, whole: float = 2.0) -> dict[str
 
 def test_a_ratio_of_step_times_is_the_median_of_pairs_and_a_slow_minute_hits_both() -> None:
     pairs = [(block(1.1), block(1.0)), (block(5.5), block(5.0)), (block(9.0), block(1.0))]
-    found = ratios([*pairs, (block(1.2, 1.5, 2.2), block(1.0))])
+    found = ratios([[*pairs, (block(1.2, 1.5, 2.2), block(1.0))]])
     assert found["step_ratio"] == pytest.approx(1.15)
     assert found["memory_ratio"] == 1.5
     assert found["whole_ratio"] == pytest.approx(1.1)
+
+
+def test_a_ratio_of_memories_is_the_median_of_starts() -> None:
+    starts = [[(block(1.0), block(1.0)), (block(1.0, memory), block(1.0))] for memory in (1.02, 1.3, 1.05)]
+    found = ratios(starts)
+    assert found["memory_ratio"] == 1.05
+    assert found["memories"] == [1.02, 1.3, 1.05]
+    assert len(found["steps"]) == 6
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_drift_is_the_divergence_of_the_next_tokens(job: dict[str, Any]) -> None
 def test_two_processes_train_in_turn(job: dict[str, Any]) -> None:
     plain = {**job, **METHODS["lora"].recipe, "block": 1}
     found = compare({**job, "block": 1}, plain, rounds=2)
-    assert len(found["steps"]) == 2
+    assert len(found["steps"]) == len(found["memories"]) == 2
     assert found["step_ratio"] > 0
     assert found["whole_ratio"] > 0
 
