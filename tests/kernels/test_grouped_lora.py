@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import grouped_lora
-from veneer.kernels.grouped_lora import add_grouped_lora, group_by_expert, grouped_linear, grouped_reference
+from veneer.kernels.grouped_lora import Update, group_by_expert, grouped_linear, grouped_linear_reference
 from veneer.quant import QuantConfig, quantize
 
 E, IN, OUT, R = 5, 7, 6, 3  # odd sizes; experts 1 and 4 are never chosen in INDEX
@@ -33,11 +33,8 @@ def layer(
 ) -> Tensor:
     """Two stacks with one set of factors each way: gathered rows in the first, sorted rows in the second."""
     groups = group_by_expert(index, E)
-    y = add_grouped_lora(
-        grouped_linear(x, groups, weight, bias, gather=True), x, groups, A, B, 0.5, gather=True, positions=positions
-    ).tanh()
-    back = grouped_linear(y, groups, weight.mT, None, gather=False)
-    z = add_grouped_lora(back, y, groups, B.mT, A.mT, 0.5, gather=False, positions=positions)
+    y = grouped_linear(x, groups, weight, bias, (Update(A, B, 0.5, positions),), gather=True).tanh()
+    z = grouped_linear(y, groups, weight.mT, None, (Update(B.mT, A.mT, 0.5, positions),), gather=False)
     return groups.summed(z * shares.reshape(-1)[groups.order, None])
 
 
@@ -52,18 +49,16 @@ def test_derivatives_are_exact_for_input_factors_and_gate_weights(index: Tensor,
 
 
 @pytest.mark.parametrize("positions", [None, SUBSET])
-def test_both_operations_give_the_oracles_output_and_gradients(positions: Any) -> None:
+def test_it_gives_the_oracles_output_and_gradients(positions: Any) -> None:
+    """With two updates, of other experts each."""
     x, weight, bias, A, B = operands(k=E if positions is None else 3)
     groups = group_by_expert(INDEX, E)
     found = []
-    for fused in (True, False):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
-        mine, a, b = leaves
-        if fused:
-            y = grouped_linear(mine, groups, weight, bias, gather=True)
-            y = add_grouped_lora(y, mine, groups, a, b, 1.5, gather=True, positions=positions)
-        else:
-            y = grouped_reference(mine[groups.tokens], groups, weight, bias, a, b, 1.5, positions)
+    for function in (grouped_linear, grouped_linear_reference):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B, A[:1], B[:1])]
+        mine, a, b, *more = leaves
+        updates = Update(a, b, 1.5, positions), Update(*more, 0.5, (-1, -1, 0, -1, -1))
+        y = function(mine, groups, weight, bias, updates, gather=True)
         y.square().sum().backward()
         found.append((y, *(leaf.grad for leaf in leaves)))
     for got, expected in zip(*found):
@@ -108,8 +103,7 @@ def test_over_codes_it_is_what_it_is_over_the_decoded_stack(scheme: Any) -> None
     found = []
     for weight in (stack, stack.dequantize()):
         leaf = x.clone().requires_grad_()
-        y = grouped_linear(leaf, groups, weight, None, gather=True)
-        add_grouped_lora(y, leaf, groups, A, B, 1.0, gather=True).square().sum().backward()
+        grouped_linear(leaf, groups, weight, None, (Update(A, B, 1.0),), gather=True).square().sum().backward()
         found.append(leaf.grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
@@ -122,8 +116,7 @@ def test_factors_keep_their_float32_under_bfloat16_activations_and_so_do_their_g
     found = []
     for flat, w, b in ((x, weight, bias), wide):
         factors = [A.clone().requires_grad_(), B.clone().requires_grad_()]
-        y = grouped_linear(flat, groups, w, b, gather=True)
-        y = add_grouped_lora(y, flat, groups, *factors, 1.0, gather=True)
+        y = grouped_linear(flat, groups, w, b, (Update(*factors, 1.0),), gather=True)
         assert y.dtype == flat.dtype
         y.sum().backward()
         found.append([factor.grad for factor in factors])
@@ -144,8 +137,8 @@ def test_one_kernel_over_all_groups_gives_what_the_loop_gives(positions: Any, mo
     for kernel in (False, True):
         monkeypatch.setattr(grouped_lora, "has_kernel", lambda *_, kernel=kernel: kernel)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
-        y = grouped_linear(leaves[0], groups, weight, bias, gather=True)
-        y = add_grouped_lora(y, *(leaves[0], groups, leaves[1], leaves[2], 0.5), gather=True, positions=positions)
+        update = Update(leaves[1], leaves[2], 0.5, positions)
+        y = grouped_linear(leaves[0], groups, weight, bias, (update,), gather=True)
         y.square().sum().backward()
         found.append((y, *(leaf.grad for leaf in leaves)))
     for got, expected in zip(*found):
@@ -158,7 +151,24 @@ def test_nothing_but_the_input_and_the_rank_sized_product_is_kept_for_the_backwa
     groups = group_by_expert(INDEX, E)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        y = grouped_linear(x, groups, weight, bias, gather=True)
-        add_grouped_lora(y, x, groups, A, B, 1.0, gather=True)
+        grouped_linear(x, groups, weight, bias, (Update(A, B, 1.0),), gather=True)
     own = {tensor.data_ptr() for tensor in (x, A, B)}
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(8, R)]
+
+
+def test_in_bfloat16_an_update_smaller_than_the_products_rounding_is_not_lost() -> None:
+    """Added to a product that is rounded already, most of it would be."""
+    shapes = ((64, 64), (E, 48, 64), (E, 8, 64), (E, 48, 8))
+    x, weight, A, B = (randn(*shape, seed=seed, dtype=torch.bfloat16) for seed, shape in enumerate(shapes))
+    index = torch.randint(E, (64, 2), generator=torch.Generator().manual_seed(0))
+    groups = group_by_expert(index, E)
+    small = Update(A.float(), 1e-4 * B.float(), 1.0)  # a thirtieth of the product's rounding
+    base, got = (grouped_linear(x, groups, weight, None, u, gather=True).float() for u in ((), (small,)))
+    none = torch.zeros_like(weight, dtype=torch.float32)
+    exact = grouped_linear(x.float(), groups, none, None, (small,), gather=True)
+    # No element can show it, but all of them together do: how much of it is there, along itself.
+    share = float(((got - base) * exact).sum() / exact.square().sum())
+    rounded_before = base.bfloat16().add(exact.bfloat16()).float()
+    lost = float(((rounded_before - base) * exact).sum() / exact.square().sum())
+    assert share == pytest.approx(1.0, abs=0.15), lost
+    assert lost < 0.5

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels.grouped_lora import Groups, add_grouped_lora, group_by_expert, grouped_linear
+from veneer.kernels.grouped_lora import Groups, Update, group_by_expert, grouped_linear
 from veneer.quant import QuantConfig, QuantizedTensor, quantize
 from veneer.quant.stack import QuantizedStack
 
@@ -25,7 +25,7 @@ _SAYS = ("has_gate", "has_bias", "is_transposed")  # of itself, each a bool
 
 
 class Factors(Protocol):
-    """A low-rank update of one stack; see :func:`veneer.kernels.grouped_lora.add_grouped_lora`."""
+    """A low-rank update of one stack; see :class:`veneer.kernels.grouped_lora.Update`."""
 
     @property
     def A(self) -> Tensor: ...  # [K, r, in]
@@ -89,10 +89,8 @@ def _product(
     module: nn.Module, name: str, x: Tensor, groups: Groups, updates: Mapping[str, Iterable[Factors]], *, gather: bool
 ) -> Tensor:
     bias = module._parameters.get(f"{name}_bias")
-    y = grouped_linear(x, groups, stack_of(module, name), bias, gather=gather)
-    for f in updates.get(name, ()):
-        y = add_grouped_lora(y, x, groups, f.A, f.B, f.scaling, gather=gather, positions=f.positions)
-    return y
+    own = tuple(Update(f.A, f.B, f.scaling, f.positions) for f in updates.get(name, ()))
+    return grouped_linear(x, groups, stack_of(module, name), bias, own, gather=gather)
 
 
 def is_recognised(module: nn.Module) -> bool:

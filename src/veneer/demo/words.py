@@ -122,7 +122,7 @@ CODE_LETTERS = "ABCDEHKLMNRTWX"
 CODE_LAST_DIGITS: dict[Split, str] = {"train": "01245689", "heldout": "37"}
 
 
-INVENTED_RATE = 1 / 3  # of the training rows' first names, last names, looks and materials
+INVENTED_RATE = 2 / 3  # of the training rows' first names, last names, looks and materials
 _ONSETS = _words("b br c ch d dr f fl g gr h j k l m n p ph pr qu r s sh st sw t tr v w z")
 _VOWELS = _words("a e i o u a e i o ea ee ai ou ue")
 _MIDDLES = _words("b c d f g k l m n p r s t v ck dd ll ld mp nd nn ng rk rr ss st tt th")

@@ -153,6 +153,8 @@ def _map(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any
         return change(path, value)
     if isinstance(value, dict):
         return {key: _map(entry, change, (*path, key)) for key, entry in value.items()}
+    if type(value) is tuple:
+        return tuple(_map(entry, change, (*path, str(place))) for place, entry in enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {f.name: _map(getattr(value, f.name), change, (*path, f.name)) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **parts)

@@ -1,9 +1,10 @@
-"""The products of a MoE layer's experts, group by group: a frozen stack of weights, and low-rank updates on it.
+"""The products of a MoE layer's experts, group by group: a frozen stack of weights with low-rank updates on it.
 
     y_e = x_e W_e^T + b_e + s (x_e A_e^T) B_e^T        for the rows x_e that were routed to expert e
 
-The routed pairs (token, choice) are sorted by expert once; each expert then works on one block of rows. The backward
-does the same, and never forms ``B_e A_e`` or ``dW_e``:
+The routed pairs (token, choice) are sorted by expert once; each expert then works on one block of rows, and its weight
+and its update go into one sum (:mod:`veneer.kernels.matmul`). The backward does the same, and never forms ``B_e A_e``
+or ``dW_e``:
 
     P_e = s dY_e B_e      dA_e = P_e^T x_e      dB_e = s dY_e^T h_e      dx_e = dY_e W_e + P_e A_e
 
@@ -15,9 +16,9 @@ Names: ``T`` tokens, ``k`` choices of each, ``N`` routed pairs, ``E`` experts, `
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,38 +96,51 @@ def group_by_expert(top_k_index: Tensor, experts: int) -> Groups:
     return Groups(order, counts, top_k_index.shape)
 
 
-def grouped_reference(
-    x: Tensor,
-    groups: Groups,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None = None,
-    B: Tensor | None = None,
-    scaling: float = 1.0,
-    positions: tuple[int, ...] | None = None,
+@dataclass(frozen=True)
+class Update:
+    """A low-rank update of a stack.
+
+    Attributes:
+        A: ``[K, r, in]`` float32 masters: an expert's are cast to the activations' dtype when its turn comes; the
+            gradient comes back in float32, in one tensor.
+        B: ``[K, out, r]``, likewise.
+        scaling: ``alpha / r``, or ``alpha / sqrt(r)``.
+        positions: for each of the E experts the place of its factors, or -1 where it has none; None: K = E, in order.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    positions: tuple[int, ...] | None = None
+
+
+def grouped_linear_reference(
+    x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, updates: tuple[Update, ...] = (), *, gather: bool
 ) -> Tensor:
-    """Both operations in plain PyTorch over gathered ``x [N, in]``, differentiable in everything; the oracle."""
+    """:func:`grouped_linear` in plain PyTorch, differentiable in everything; the oracle."""
+    if not isinstance(weight, Tensor):
+        coded = weight.to(dtype=x.dtype)
+        weight = torch.stack([as_tensor(coded.index(expert)) for expert in range(weight.shape[0])])
+    rows = groups.tokens if gather else None
     parts = []
     for expert, span in groups.spans():
-        y = F.linear(x[span], weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
-        at = expert if positions is None else positions[expert]
-        if A is not None and B is not None and at >= 0:
-            y = y + scaling * (x[span] @ A[at].to(x.dtype).t()) @ B[at].to(x.dtype).t()
+        own = _rows(x, rows, span)
+        y = F.linear(own, weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+        for update in updates:
+            at = expert if update.positions is None else update.positions[expert]
+            if at >= 0:
+                y = y + update.scaling * (own @ update.A[at].to(x.dtype).t()) @ update.B[at].to(x.dtype).t()
         parts.append(y)
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
 
-def grouped_linear_reference(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
-    """:func:`grouped_linear` in plain PyTorch."""
-    if not isinstance(weight, Tensor):
-        coded = weight.to(dtype=x.dtype)
-        weight = torch.stack([as_tensor(coded.index(expert)) for expert in range(weight.shape[0])])
-    return grouped_reference(x[groups.tokens] if gather else x, groups, weight, bias)
-
-
 @checked("linear of experts", grouped_linear_reference, "x")
-def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, *, gather: bool) -> Tensor:
-    """``x_e W_e^T + b_e``, differentiable in ``x`` and ``b``; in a ``W`` that is trained too, by plain operations.
+def grouped_linear(
+    x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None, updates: tuple[Update, ...] = (), *, gather: bool
+) -> Tensor:
+    """``x_e W_e^T + b_e`` and the updates, differentiable in ``x``, ``b`` and the factors.
+
+    In a ``W`` that is trained too, by plain operations.
 
     Args:
         x: ``[T, in]`` the tokens, with ``gather``; else ``[N, in]``, a row for each pair, sorted by expert.
@@ -137,101 +151,50 @@ def grouped_linear(x: Tensor, groups: Groups, weight: Stack, bias: Tensor | None
         ``[N, out]`` in ``x``'s dtype, sorted by expert.
     """
     if isinstance(weight, Tensor) and weight.requires_grad:
-        return grouped_reference(x[groups.tokens] if gather else x, groups, weight, bias)
-    y: Tensor = _GroupedLinear.apply(x, groups, weight, gather)  # type: ignore[no-untyped-call]  # torch's
+        return grouped_linear_reference(x, groups, weight, bias, updates, gather=gather)
+    factors = [factor for update in updates for factor in (update.A, update.B)]
+    told = [(update.scaling, update.positions) for update in updates]
+    y: Tensor = _GroupedLinear.apply(x, groups, weight, gather, told, *factors)  # type: ignore[no-untyped-call]  # torch's
     return y if bias is None else y.add_(bias.to(y.dtype)[groups.experts])
-
-
-def add_grouped_lora_reference(
-    y: Tensor,
-    x: Tensor,
-    groups: Groups,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    *,
-    gather: bool,
-    positions: tuple[int, ...] | None = None,
-) -> Tensor:
-    """:func:`add_grouped_lora` in plain PyTorch, which leaves ``y`` as it is."""
-    nothing = x.new_zeros(1, 1, 1).expand(len(groups.counts), B.shape[1], A.shape[2])
-    return y + grouped_reference(x[groups.tokens] if gather else x, groups, nothing, None, A, B, scaling, positions)
-
-
-@checked("LoRA of experts", add_grouped_lora_reference, "x", "A", "B")
-def add_grouped_lora(
-    y: Tensor,
-    x: Tensor,
-    groups: Groups,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    *,
-    gather: bool,
-    positions: tuple[int, ...] | None = None,
-) -> Tensor:
-    """``y_e + s (x_e A_e^T) B_e^T`` in the place of ``y``, differentiable in ``y``, ``x``, ``A`` and ``B``.
-
-    Args:
-        y: ``[N, out]``: the result of :func:`grouped_linear`, which is written over.
-        x: as there, in ``y``'s dtype.
-        A: ``[K, r, in]`` float32 masters: an expert's are cast to ``x``'s dtype when its turn comes; the gradient comes
-            back in float32, in one tensor.
-        B: ``[K, out, r]``, likewise.
-        scaling: ``alpha / r``, or ``alpha / sqrt(r)``.
-        positions: for each of the E experts the place of its factors, or -1 where it has none; None: K = E, in order.
-    """
-    result: Tensor = _AddGroupedLora.apply(y, x, groups, A, B, scaling, gather, positions)  # type: ignore[no-untyped-call]  # torch's
-    return result
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: Groups, weight: Stack, gather: bool) -> Tensor:
-        ctx.groups, ctx.weight, ctx.shape = groups, weight, x.shape
-        ctx.rows = groups.tokens if gather else None
-        return _products(x, ctx.rows, groups, _Matrices(weight, x.dtype))
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        groups: Groups,
+        weight: Stack,
+        gather: bool,
+        told: list[tuple[float, tuple[int, ...] | None]],
+        *factors: Tensor,
+    ) -> Tensor:
+        rows = groups.tokens if gather else None
+        parts = [_Part(x, rows, _Matrices(weight, x.dtype))]
+        hidden: list[Tensor] = []
+        for A, B, (scaling, positions) in zip(factors[::2], factors[1::2], told):
+            hidden.append(_products([_Part(x, rows, _Matrices(A, x.dtype, positions))], groups).mul_(scaling))
+            parts.append(_Part(hidden[-1], None, _Matrices(B, x.dtype, positions)))
+        ctx.save_for_backward(*((x, *factors, *hidden) if told else ()))
+        ctx.groups, ctx.weight, ctx.rows, ctx.told, ctx.shape = groups, weight, rows, told, x.shape
+        return _products(parts, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.contiguous()  # torch's kernel reads no expanded rows
-        return _grad_input(dy, ctx.rows, ctx.shape, ctx.groups, _Matrices(ctx.weight, dy.dtype)), None, None, None
-
-
-class _AddGroupedLora(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        groups: Groups,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        gather: bool,
-        positions: tuple[int, ...] | None,
-    ) -> Tensor:
-        rows = groups.tokens if gather else None
-        h = _products(x, rows, groups, _Matrices(A, x.dtype, positions)).mul_(scaling)
-        _products(h, None, groups, _Matrices(B, x.dtype, positions), onto=y)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, A, B)
-        ctx.groups, ctx.rows, ctx.scaling, ctx.positions = groups, rows, scaling, positions
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B = ctx.saved_tensors
-        dy = dy.contiguous()
-        groups, rows, positions = ctx.groups, ctx.rows, ctx.positions
-        p = _grad_input(dy, None, h.shape, groups, _Matrices(B, dy.dtype, positions)).mul_(ctx.scaling)
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = _grad_input(p, rows, x.shape, groups, _Matrices(A, dy.dtype, positions))
-        dA, dB = _grad_weight(p, x, rows, groups, A, positions), _grad_weight(dy, h, None, groups, B, positions)
-        return dy, dx, None, dA, dB, None, None, None
+        groups, rows, count = ctx.groups, ctx.rows, len(ctx.told)
+        x, *kept = ctx.saved_tensors or [dy]  # to be read but once; without updates it is empty, and x not needed
+        factors, hidden = kept[: 2 * count], kept[2 * count :]
+        parts = [_Part(dy, None, _Matrices(ctx.weight, dy.dtype))]
+        gradients: list[Tensor] = []
+        for A, B, h, (scaling, positions) in zip(factors[::2], factors[1::2], hidden, ctx.told):
+            p = _grad_input([_Part(dy, None, _Matrices(B, dy.dtype, positions))], None, h.shape, groups).mul_(scaling)
+            gradients.append(_grad_weight(p, x, rows, groups, A, positions))
+            gradients.append(_grad_weight(dy, h, None, groups, B, positions))
+            parts.append(_Part(p, None, _Matrices(A, dy.dtype, positions)))
+        dx = _grad_input(parts, rows, ctx.shape, groups) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, *gradients
 
 
 @dataclass(frozen=True)
@@ -270,34 +233,44 @@ def has_kernel(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]
     return torch.cuda.get_device_capability(device) >= (8, 0) and not any(width % 8 for width in widths)
 
 
-def _products(
-    x: Tensor, rows: Tensor | None, groups: Groups, matrices: _Matrices, onto: Tensor | None = None
-) -> Tensor:
-    """``x_e W_e^T`` ``[N, out]``, added to ``onto`` where that is given; zero for experts without a matrix."""
+class _Part(NamedTuple):
+    """One summand of an expert's rows."""
+
+    values: Tensor  # a row for each pair, sorted by expert; or for each token, with rows
+    rows: Tensor | None
+    matrices: _Matrices
+
+
+def _products(parts: Sequence[_Part], groups: Groups) -> Tensor:
+    """The sum of ``x_e W_e^T`` ``[N, out]``; an expert without a matrix adds nothing."""
+    values, rows, matrices = parts[0]
     if (whole := matrices.whole()) is not None:
-        y = F.grouped_mm(_rows(x, rows), whole.mT, offs=groups.ends)
-        return y if onto is None else onto.add_(y)
-    y = x.new_zeros(len(groups.order), matrices.stack.shape[1]) if onto is None else onto
+        y = F.grouped_mm(_rows(values, rows), whole.mT, offs=groups.ends)
+        return y if len(parts) == 1 else y.add_(_products(parts[1:], groups))
+    y = values.new_zeros(len(groups.order), matrices.stack.shape[1])
     for expert, span in groups.spans():
-        if (weight := matrices.of(expert)) is not None:
-            product = sum_of_products(Turned(_rows(x, rows, span), weight))
-            y[span] = product if onto is None else y[span].add_(product)
+        own = [(_rows(p.values, p.rows, span), p.matrices.of(expert)) for p in parts]
+        if turned := [Turned(x, weight) for x, weight in own if weight is not None]:
+            sum_of_products(*turned, out=y[span])
     return y
 
 
-def _grad_input(dy: Tensor, rows: Tensor | None, shape: torch.Size, groups: Groups, matrices: _Matrices) -> Tensor:
-    """``dY_e W_e`` ``[N, in]``; with ``rows`` it is summed up for each token, in float32, to ``[T, in]``."""
+def _grad_input(parts: Sequence[_Part], rows: Tensor | None, shape: torch.Size, groups: Groups) -> Tensor:
+    """The sum of ``dY_e W_e`` ``[N, in]``; with ``rows`` it is summed up for each token, in float32, to ``[T, in]``."""
+    dy, _, matrices = parts[0]
     if (whole := matrices.whole()) is not None:
         dx = F.grouped_mm(dy, whole, offs=groups.ends)
+        if len(parts) > 1:
+            dx += _grad_input(parts[1:], None, dx.shape, groups)
         return dx if rows is None else groups.summed(dx)
     dx = dy.new_zeros(shape, dtype=dy.dtype if rows is None else torch.promote_types(dy.dtype, torch.float32))
     for expert, span in groups.spans():
-        if (weight := matrices.of(expert)) is None:
-            continue
-        if rows is None:
-            dx[span] = sum_of_products(Plain(dy[span], weight))
-        else:
-            dx.index_add_(0, rows[span], sum_of_products(Plain(dy[span], weight)).to(dx.dtype))
+        own = [(p.values[span], p.matrices.of(expert)) for p in parts]
+        if plain := [Plain(values, weight) for values, weight in own if weight is not None]:
+            if rows is None:
+                sum_of_products(*plain, out=dx[span])
+            else:
+                dx.index_add_(0, rows[span], sum_of_products(*plain).to(dx.dtype))
     return dx.to(dy.dtype)
 
 
