@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,39 @@ def test_with_an_adapter(base: Base, prompts: list[list[int]], settings: dict[st
     assert difference(adapted.module, prompts[:5]) <= NEAR[base.dtype]
     with adapted.disabled():
         assert difference(adapted.module, prompts[:5]) <= NEAR[base.dtype]
+
+
+def test_an_update_smaller_than_the_weights_rounding_is_not_lost(make_tiny_base: Callable[..., Path]) -> None:
+    """Added to a product that is rounded already, most of it would be: the adapter would write less than it learnt."""
+    if not native.can_take(torch.ones(2, 2, dtype=BF16), function="decoder_step"):
+        pytest.skip("this processor does not multiply bfloat16 in pairs")
+    folder = make_tiny_base(initializer_range=0.1, seed=3)
+    rows = torch.arange(10, 290)
+    changes: dict[torch.dtype, torch.Tensor] = {}
+    for dtype in (FLOAT, BF16):
+        adapted = attach(
+            load_base(folder, dtype=str(dtype)[6:], device="cpu"), LoraConfig(r=4, target_modules=["v_proj"])
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in adapted.parameters():
+                parameter.copy_(2e-3 * torch.randn(parameter.shape))
+        values = []
+        for state in (adapted.disabled(), contextlib.nullcontext()):
+            with state, inference(adapted.module):
+                decoder = Decoder(adapted.module)
+                assert decoder._native is not None
+                decoder._native.proven = True
+                parts = []
+                for some in rows.split(20):
+                    decoder.read([[5]] * len(some), 2)
+                    decoder.step(some)
+                    parts.append(decoder.cache.layers[0].values[:, :, 1].float())
+                values.append(torch.cat(parts))
+        changes[dtype] = values[1] - values[0]
+    exact = changes[FLOAT]
+    share = float((changes[BF16] * exact).sum() / exact.square().sum())
+    assert share == pytest.approx(1.0, abs=0.2)
 
 
 def test_threads_do_not_change_a_bit(base: Base, prompts: list[list[int]]) -> None:

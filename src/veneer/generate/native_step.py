@@ -18,6 +18,7 @@ from veneer.generate.cache import BufferLayer
 from veneer.kernels import native
 from veneer.kernels.decoder_step import DecoderStep, StepLayer, StepLinear, few_rows_linear
 from veneer.kernels.frozen import has_own_forward
+from veneer.kernels.lora_linear import scaled
 from veneer.models.fused import FusedGatedMlp, FusedRmsNorm
 from veneer.models.fused_attention import attention_arguments
 
@@ -170,5 +171,5 @@ def _linear(layer: Any, like: Tensor) -> StepLinear | None:
         return None
     only, dtype = factors[0], weight.dtype
     less_one = None if only.row_scale is None else (only.row_scale - 1).detach().to(dtype).contiguous()
-    A, B = (t.detach().to(dtype).contiguous() for t in (only.A, only.B))
-    return StepLinear(weight, bias, A, B, only.scaling, less_one)
+    A, B = scaled(only.A.detach(), only.scaling, dtype).contiguous(), only.B.detach().to(dtype).contiguous()
+    return StepLinear(weight, bias, A, B, less_one)

@@ -24,7 +24,6 @@ class _Linear(ctypes.Structure):
         *((name, _POINTER) for name in ("weight", "bias", "a", "b", "less_one")),
         ("out", _INT),
         ("rank", _INT),
-        ("scale", _FLOAT),
     )
 
 
@@ -50,13 +49,12 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True)
 class StepLinear:
-    """``y = g (x W^T + s (x A^T) B^T) + b``; every tensor contiguous and of one dtype."""
+    """``y = g (x W^T + (x A^T) B^T) + b``; every tensor contiguous and of one dtype."""
 
     weight: Tensor  # [out, in]
     bias: Tensor | None = None  # [out]
-    A: Tensor | None = None  # [r, in]
+    A: Tensor | None = None  # [r, in], with the scaling in it
     B: Tensor | None = None  # [out, r]
-    scaling: float = 0.0
     less_one: Tensor | None = None  # [out], g - 1
 
 
@@ -165,4 +163,4 @@ def _linear(p: StepLinear) -> _Linear:
 
     rank = 0 if p.A is None else len(p.A)
     tensors = {"weight": p.weight, "bias": p.bias, "a": p.A, "b": p.B, "less_one": p.less_one}
-    return _Linear(**{name: at(t) for name, t in tensors.items()}, out=len(p.weight), rank=rank, scale=p.scaling)
+    return _Linear(**{name: at(t) for name, t in tensors.items()}, out=len(p.weight), rank=rank)

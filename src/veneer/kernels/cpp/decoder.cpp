@@ -16,10 +16,15 @@
 namespace {
 
 template <class T>
-struct Linear {  // y = g (x W^T + s (x A^T) B^T) + b
+struct Linear {  // y = g (x W^T + (x A^T) B^T) + b
     const T *weight, *bias, *a, *b, *less_one;  // [out, in], [out], [r, in], [out, r], [out] = g - 1
     i64 out, rank;
-    float scale;
+};
+
+template <class T>
+struct Low {  // a second product of the same sums: + h B^T
+    const T *h = nullptr, *b = nullptr;  // [rows, rank], [out, rank]
+    i64 rank = 0;
 };
 
 template <class T>
@@ -39,17 +44,20 @@ struct Step {
     float eps, scaling;
 };
 
-// sums[m * N + n] = x[m] . w[n], for M rows of x and N rows of w. Meanwhile the first rows of `next` are fetched.
+// sums[m * N + n] = x[m] . w[n] + h[m] . b[n], for M rows of x and N rows of w. Meanwhile the first rows of `next` are
+// fetched.
 template <int M, int N>
-inline void dots(const float* x, i64 ldx, const float* w, i64 ldw, i64 depth, float* sums, const float*, int) {
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) {
-            const float *left = x + m * ldx, *right = w + n * ldw;
-            float sum = 0.0f;
+inline void dots(const float* x, i64 ldx, const float* w, i64 depth, Low<float> low, float* sums, const float*, int) {
+    auto dot = [](const float* left, const float* right, i64 size) {
+        float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-            for (i64 k = 0; k < depth; k++) sum += left[k] * right[k];
-            sums[m * N + n] = sum;
-        }
+        for (i64 k = 0; k < size; k++) sum += left[k] * right[k];
+        return sum;
+    };
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            sums[m * N + n] = dot(x + m * ldx, w + n * depth, depth) +
+                              dot(low.h + m * low.rank, low.b + n * low.rank, low.rank);
 }
 
 #ifdef __AVX512BF16__
@@ -72,23 +80,30 @@ inline __m512 sums_of(const __m512* v) {
 }
 
 template <int M, int N>
-inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 ldw, i64 depth, float* sums, const bf16* next, int fetch) {
+inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 depth, Low<bf16> low, float* sums, const bf16* next,
+                 int fetch) {
     __m512 parts[16];
     for (auto& part : parts) part = _mm512_setzero_ps();
-    auto add = [&](i64 k, auto load) {
-        for (int i = 0; i < fetch; i++) __builtin_prefetch(next + i * ldw + k);
+    auto add = [&](const bf16* x, i64 ldx, const bf16* w, i64 ldw, auto load) {
         __m512bh left[M], right[N];
-        for (int m = 0; m < M; m++) left[m] = (__m512bh)load(x + m * ldx + k);
-        for (int n = 0; n < N; n++) right[n] = (__m512bh)load(w + n * ldw + k);
+        for (int m = 0; m < M; m++) left[m] = (__m512bh)load(x + m * ldx);
+        for (int n = 0; n < N; n++) right[n] = (__m512bh)load(w + n * ldw);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) parts[m * N + n] = _mm512_dpbf16_ps(parts[m * N + n], left[m], right[n]);
     };
-    i64 k = 0;
-    for (; k + 32 <= depth; k += 32) add(k, [](const bf16* p) { return _mm512_loadu_si512(p); });
-    if (k < depth) {
-        __mmask32 some = (1u << (depth - k)) - 1;
-        add(k, [some](const bf16* p) { return _mm512_maskz_loadu_epi16(some, p); });
-    }
+    auto add_all = [&](const bf16* x, i64 ldx, const bf16* w, i64 size, int fetch) {
+        i64 k = 0;
+        for (; k + 32 <= size; k += 32) {
+            for (int i = 0; i < fetch; i++) __builtin_prefetch(next + i * size + k);
+            add(x + k, ldx, w + k, size, [](const bf16* p) { return _mm512_loadu_si512(p); });
+        }
+        if (k < size) {
+            __mmask32 some = (1u << (size - k)) - 1;
+            add(x + k, ldx, w + k, size, [some](const bf16* p) { return _mm512_maskz_loadu_epi16(some, p); });
+        }
+    };
+    add_all(x, ldx, w, depth, fetch);
+    if (low.rank) add_all(low.h, low.rank, low.b, low.rank, 0);
     _mm512_mask_storeu_ps(sums, __mmask16((1u << M * N) - 1), sums_of(parts));
 }
 #endif
@@ -99,32 +114,34 @@ using Count = std::integral_constant<int, N>;
 // finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on
 // and the rows of w from `begin` to `end`.
 template <int M, int N, class T, class Finish>
-inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish,
-                 i64 ahead = 0, int fetch = 0) {
+inline void tile(const T* x, i64 ldx, i64 m, const T* w, i64 begin, i64 end, i64 depth, Low<T> low,
+                 const Finish& finish, i64 ahead = 0, int fetch = 0) {
     float sums[M * N];
     i64 n = begin;
     for (; n + N <= end; n += N) {
-        dots<M, N>(x + m * ldx, ldx, w + n * depth, depth, depth, sums, w + (n + ahead) * depth, fetch);
+        Low<T> here = {low.h + m * low.rank, low.b + n * low.rank, low.rank};
+        dots<M, N>(x + m * ldx, ldx, w + n * depth, depth, here, sums, w + (n + ahead) * depth, fetch);
         finish(m, n, sums, Count<M>(), Count<N>());
     }
     if constexpr (N > 1)
-        if (n < end) tile<M, 1>(x, ldx, m, w, n, end, depth, finish);
+        if (n < end) tile<M, 1>(x, ldx, m, w, n, end, depth, low, finish);
 }
 
 constexpr i64 BLOCK = 32;  // rows of w that stay in the cache while all rows of x meet them
 
 // The same for all rows of x. A row gives the same sums whatever stands beside it.
 template <class T, class Finish>
-inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish) {
+inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish,
+                    Low<T> low = {}) {
     for (i64 n = begin; n < end; n += BLOCK) {
         i64 to = std::min(n + BLOCK, end), m = 0;
         // Tiles of x find the block in the cache, but for the first; they share in fetching the next one, four rows of
         // it for each four that they use.
         const int fetch = rows >= 16 ? 1 : rows >= 8 ? 2 : 0;
         for (; m + 4 <= rows; m += 4)
-            tile<4, 4>(x, ldx, m, w, n, to, depth, finish, BLOCK + m / 4 * fetch, m / 4 * fetch < 4 ? fetch : 0);
-        for (; m + 2 <= rows; m += 2) tile<2, 8>(x, ldx, m, w, n, to, depth, finish);
-        for (; m < rows; m++) tile<1, 8>(x, ldx, m, w, n, to, depth, finish);
+            tile<4, 4>(x, ldx, m, w, n, to, depth, low, finish, BLOCK + m / 4 * fetch, m / 4 * fetch < 4 ? fetch : 0);
+        for (; m + 2 <= rows; m += 2) tile<2, 8>(x, ldx, m, w, n, to, depth, low, finish);
+        for (; m < rows; m++) tile<1, 8>(x, ldx, m, w, n, to, depth, low, finish);
     }
 }
 
@@ -144,7 +161,7 @@ inline void share(i64 count, i64& begin, i64& end) {
     end = std::min(count, blocks * (own + 1) / threads * BLOCK);
 }
 
-// y = g (x W^T + s h B^T) + b, for this thread's share of the outputs; h = x A^T.
+// y = g (x W^T + h B^T) + b, for this thread's share of the outputs; h = x A^T.
 template <class T>
 void outputs(const Linear<T>& p, const T* x, i64 rows, i64 depth, const T* h, T* y, i64 ldy) {
     i64 begin, end;
@@ -155,11 +172,6 @@ void outputs(const Linear<T>& p, const T* x, i64 rows, i64 depth, const T* h, T*
                 for (int j = 0; j < N; j++) sums[i * N + j] += get(p.bias[n + j]);
         };
         if (p.bias && !p.less_one) add_bias();
-        if (p.rank) {
-            float low[M * N];
-            dots<M, N>(h + m * p.rank, p.rank, p.b + n * p.rank, p.rank, p.rank, low, (const T*)nullptr, 0);
-            for (int i = 0; i < M * N; i++) sums[i] = rounded<T>(sums[i]) + p.scale * low[i];
-        }
         if (p.less_one) {
             for (int i = 0; i < M; i++)
                 for (int j = 0; j < N; j++) {
@@ -169,7 +181,7 @@ void outputs(const Linear<T>& p, const T* x, i64 rows, i64 depth, const T* h, T*
             if (p.bias) add_bias();
         }
         store<M, N>(sums, y + m * ldy + n, ldy);
-    });
+    }, Low<T>{h, p.b, p.rank});
 }
 
 // h = x A^T of several linears, one after another in `low`; the threads share the rows of all A.
@@ -321,7 +333,7 @@ void step(const Step<T>& s, int threads) {
 // y = x W^T + b of a few rows.
 template <class T>
 void few_rows(const T* x, const T* w, const T* bias, T* y, i64 rows, i64 out, i64 depth, int threads) {
-    Linear<T> plain{w, bias, nullptr, nullptr, nullptr, out, 0, 0.0f};
+    Linear<T> plain{w, bias, nullptr, nullptr, nullptr, out, 0};
 #pragma omp parallel num_threads(threads)
     outputs(plain, x, rows, depth, (const T*)nullptr, y, out);
 }
