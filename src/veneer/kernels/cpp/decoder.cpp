@@ -221,6 +221,29 @@ void turn_head(T* u, const T* c, const T* s, i64 size) {
     }
 }
 
+// out[g] = sum of weights[g][j] * values[j], for G query heads and one of their value head.
+template <int G, class T>
+void weigh(const float* weights, i64 ldw, const T* values, i64 first, i64 count, i64 head, T* out) {
+    constexpr int WIDTH = 16;
+    for (i64 d = 0; d < head; d += WIDTH) {
+        const int some = int(std::min<i64>(WIDTH, head - d));
+        float sums[G][WIDTH] = {};
+        auto add = [&](i64 j, auto size) {
+            for (int g = 0; g < G; g++) {
+                const float weight = weights[g * ldw + j];
+#pragma omp simd
+                for (int i = 0; i < size; i++) sums[g][i] += weight * get(values[j * head + d + i]);
+            }
+        };
+        if (some == WIDTH)
+            for (i64 j = first; j < count; j++) add(j, Count<WIDTH>());
+        else
+            for (i64 j = first; j < count; j++) add(j, some);
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < some; i++) put(out[g * head + d + i], sums[g][i]);
+    }
+}
+
 // Attention of the query heads that share a key head, of one row: o = softmax(scale q k^T) v.
 template <class T>
 void attend(const Step<T>& s, const Layer<T>& layer, i64 row, i64 key_head, const T* q, T* out, float* scores) {
@@ -230,28 +253,28 @@ void attend(const Step<T>& s, const Layer<T>& layer, i64 row, i64 key_head, cons
     const i64 count = s.length + 1, groups = s.heads / s.key_heads;
     i64 first = 0;
     while (seen && first < count - 1 && !seen[first]) first++;
-    std::vector<float> sums(s.head);
+    q += key_head * groups * s.head, out += key_head * groups * s.head;
+    product(q, s.head, groups, keys, first, count, s.head, [&](i64 m, i64 j, const float* sums, auto M, auto N) {
+        for (int i = 0; i < M; i++)
+            for (int n = 0; n < N; n++)
+                scores[(m + i) * count + j + n] = seen && !seen[j + n] ? -INFINITY : s.scaling * sums[i * N + n];
+    });
     for (i64 g = 0; g < groups; g++) {
-        const T* query = q + (key_head * groups + g) * s.head;
-        product(query, s.head, 1, keys, first, count, s.head, [&](i64, i64 j, const float* sums, auto, auto N) {
-            for (int i = 0; i < N; i++) scores[j + i] = seen && !seen[j + i] ? -INFINITY : s.scaling * sums[i];
-        });
-        float top = -INFINITY, total = 0.0f;
-        for (i64 j = first; j < count; j++) top = std::max(top, scores[j]);
+        float *own = scores + g * count, top = -INFINITY, total = 0.0f;
+#pragma omp simd reduction(max : top)
+        for (i64 j = first; j < count; j++) top = std::max(top, own[j]);
 #pragma omp simd reduction(+ : total)
         for (i64 j = first; j < count; j++) {
-            scores[j] = scores[j] == -INFINITY ? 0.0f : exp_(scores[j] - top);
-            total += scores[j];
+            own[j] = own[j] == -INFINITY ? 0.0f : exp_(own[j] - top);
+            total += own[j];
         }
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (i64 j = first; j < count; j++) {
-            float weight = scores[j];
-            const T* value = values + j * s.head;
 #pragma omp simd
-            for (i64 d = 0; d < s.head; d++) sums[d] += weight * get(value[d]);
-        }
-        T* o = out + (key_head * groups + g) * s.head;
-        for (i64 d = 0; d < s.head; d++) put(o[d], sums[d] / total);
+        for (i64 j = first; j < count; j++) own[j] /= total;
+    }
+    for (i64 g = 0, some; g < groups; g += some) {
+        some = std::min<i64>(groups - g, 4);
+        auto of = some == 4 ? weigh<4, T> : some == 3 ? weigh<3, T> : some == 2 ? weigh<2, T> : weigh<1, T>;
+        of(scores + g * count, count, values, first, count, s.head, out + g * s.head);
     }
 }
 
@@ -268,7 +291,7 @@ void step(const Step<T>& s, int threads) {
     T* h = low.data();
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores(s.length + 1);
+        std::vector<float> scores(s.heads / s.key_heads * (s.length + 1));
         auto each_row = [&](const T* w, bool add) {  // x += what was added; its norm
 #pragma omp for schedule(static)
             for (i64 m = 0; m < s.rows; m++) {
