@@ -294,6 +294,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines; what it holds is not run again")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there (docs/variants.md)")
+    parser.add_argument("--note", default="", help="a paragraph for the page: what a reader must know of these runs")
     parser.add_argument("--page-only", action="store_true", help="run nothing: the page from --results")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and stop")
     parser.add_argument("--quick", action="store_true", help="one seed, one rate, few methods and steps")
@@ -369,7 +370,7 @@ def report(options: argparse.Namespace, results: Results) -> None:
 
     found = findings(results, results.failures())
     if options.write is not None:
-        write_page(found, options.write)
+        write_page(found, options.write, options.note)
         say(f"wrote {options.write}")
     elif options.cost:
         print(cost_table(found.costs))

@@ -32,10 +32,10 @@ from benchmarks.variants_results import Record
 MARKS = {-1: "better", 0: "", 1: "worse"}
 
 
-def write_page(found: Findings, path: Path) -> None:
+def write_page(found: Findings, path: Path, note: str = "") -> None:
     """Writes the page, and its pictures beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(found, path.stem), encoding="utf-8")
+    path.write_text(page(found, path.stem, note), encoding="utf-8")
     for task, outcomes in found.tasks.items():
         draw_losses(outcomes, path.with_name(picture(path.stem, "loss", task)))
         draw_drift(outcomes, path.with_name(picture(path.stem, "drift", task)))
@@ -46,9 +46,9 @@ def picture(stem: str, what: str, task: str) -> str:
     return f"{stem}-{what}-{re.sub(r'[^a-z0-9]+', '-', task.lower()).strip('-')}.png"
 
 
-def page(found: Findings, stem: str = "variants") -> str:
-    """The whole page as Markdown."""
-    parts = ["# The variants of LoRA, compared", *(paragraph(text) for text in _about(found))]
+def page(found: Findings, stem: str = "variants", note: str = "") -> str:
+    """The whole page as Markdown; ``note`` is a paragraph on how it was measured."""
+    parts = ["# The variants of LoRA, compared", *(paragraph(text) for text in (*_about(found), note) if text)]
     parts += ["## Which one should I use", *(paragraph(text) for text in advice(found))]
     parts.append(
         paragraph(
