@@ -272,7 +272,7 @@ def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:
 
 def commit() -> str:
     """What the code is, where it lies in a git checkout; else nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
