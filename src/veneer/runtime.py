@@ -139,15 +139,33 @@ def leaving_no_gaps() -> Iterator[None]:
     Slower, but what comes after finds a heap without gaps: an adapter's start from data takes other sizes than a step,
     and what small things pin of its memory a step cannot use (EVA on SmolLM2: 0.12 of 1.70 GB).
     """
-    if _mallopt is None:
+    with _thresholds(2**16, 2 * _LARGEST_ON_HEAP):
         yield
-        return
-    _mallopt(_M_MMAP_THRESHOLD, 2**16)
+
+
+@contextlib.contextmanager
+def holding_heap() -> Iterator[None]:
+    """While it is open, freed memory stays with the process: every step needs it again, page by page.
+
+    At its end all of it goes back to the system.
+    """
+    with _thresholds(_LARGEST_ON_HEAP, -1):
+        yield
+    trim_heap()
+
+
+@contextlib.contextmanager
+def _thresholds(mapped: int, trimmed: int) -> Iterator[None]:
+    """Other sizes from which memory is mapped by itself, and freed memory at the heap's end is given back."""
+    if _mallopt is not None:
+        _mallopt(_M_MMAP_THRESHOLD, mapped)
+        _mallopt(_M_TRIM_THRESHOLD, trimmed)
     try:
         yield
     finally:
-        _mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
-        _mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
+        if _mallopt is not None:
+            _mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+            _mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
 
 
 def keep_few_products() -> None:

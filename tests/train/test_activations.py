@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def test_each_level_keeps_less_and_in_proportion_to_the_tokens(module: Any) -> N
         assert many == pytest.approx(2 * few, rel=0.02)
     # Two layers of width 32 and hidden width 64: e and g are 2 x 2 x 64 numbers a token.
     assert kept["none"][0] - kept["mlp"][0] == 64 * 2 * 2 * 64 * 4
+
+
+def test_measuring_leaves_nothing_behind(tiny_base: Path) -> None:
+    """An operation that keeps its own output (DoRA's projections, a softmax) must not hold its graph for good."""
+    module = attach(load_base(tiny_base, dtype="float32", device="cpu"), LoraConfig(r=4, use_dora=True), seed=0).module
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def note(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        result = torch.softmax(output, -1)
+        outputs.append(weakref.ref(result))
+        return result
+
+    with module.model.layers[0].mlp.register_forward_hook(note):
+        kept_bytes(module, sft, batch_of(64))
+    assert len(outputs) == 1
+    assert outputs[0]() is None
 
 
 @pytest.mark.parametrize(

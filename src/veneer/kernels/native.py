@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -128,15 +128,15 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def _found() -> ctypes.CDLL | Missing:
     try:
-        return ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(built(sorted(SOURCES.iterdir()), FLAGS, LINK)))
     except Missing as reason:
         return reason
     except OSError as error:  # it cannot be loaded, or the cache folder cannot be written
         return Missing(str(error))
 
 
-def _built() -> Path:
-    """Where the library lies, compiled if need be.
+def built(sources: Sequence[Path], flags: tuple[str, ...], link: tuple[str, ...]) -> Path:
+    """Where the library of these files lies, compiled if need be.
 
     Raises:
         Missing: it is not wanted, or cannot be compiled.
@@ -147,8 +147,7 @@ def _built() -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
         raise Missing("no C++ compiler")
-    sources = sorted(SOURCES.iterdir())
-    settings = (*FLAGS, *LINK, _output(compiler, "--version"), _processor())
+    settings = (*flags, *link, _output(compiler, "--version"), _processor())
     parts = (*(path.read_bytes() for path in sources), *map(str.encode, settings))
     place = cache_dir() / "kernels" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if not place.exists():
@@ -158,8 +157,8 @@ def _built() -> Path:
             for path in sources:
                 if path.suffix == ".cpp":
                     objects.append(str(Path(folder) / f"{path.stem}.o"))
-                    _output(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
-            _output(compiler, *LINK, *objects, "-o", str(made))
+                    _output(compiler, *flags, "-c", str(path), "-o", objects[-1])
+            _output(compiler, *objects, *link, "-o", str(made))
             made.replace(place)  # whole, and the same whoever else makes it
     return place
 

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from veneer.errors import ModelError, UsageError, did_you_mean
+from veneer.kernels.heap import reuse_freed_memory
 from veneer.models.classifier import load_classifier_module
 from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
@@ -130,6 +131,8 @@ def load_base(
     """
     keep_few_products()
     where = resolve_device(device)
+    if where.type == "cpu":
+        reuse_freed_memory()
     kind = resolve_dtype(dtype, where)
     wanted = chosen_config(quantize, where, skip)
     source = find(spec, revision, trust_remote_code)

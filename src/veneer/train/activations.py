@@ -79,7 +79,7 @@ def kept_bytes(module: nn.Module, objective: Objective, batch: Batch) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in held:
             found[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # an output that is kept with its own node would hold the graph, and that would hold it
 
     with (
         as_in_training(module, batch.input_ids.device),

@@ -27,7 +27,7 @@ from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
-from veneer.runtime import hardware, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
+from veneer.runtime import hardware, holding_heap, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
 from veneer.train.activations import choose_level, gradient_checkpointing
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
@@ -168,7 +168,7 @@ class Session:
             release_memory()  # a start from data or from the weights has taken more than a step will
             self.progress.start(self.plan.total_steps, state.step, self.folder.path.name)
             try:
-                with stop.listening():
+                with stop.listening(), holding_heap():
                     interrupted = train_loop(trainer)
                 self._keep_best(state, record)
                 if not interrupted:
