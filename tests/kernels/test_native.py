@@ -16,6 +16,7 @@ from torch import Tensor
 from veneer.kernels import native
 from veneer.kernels.attention import document_attention, document_attention_reference
 from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
+from veneer.kernels.lora_linear import row_scale_grads
 from veneer.kernels.qkv_rope import _turn
 from veneer.kernels.rms_norm import rms_norm
 
@@ -55,6 +56,26 @@ class TestTheSameNumbers:
             leaf = x.clone().requires_grad_()
             y = rms_norm(leaf, weight, 1e-5)
             return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+
+        for got, want in both(monkeypatch, compute):
+            assert_near(got, want, ROUNDING[dtype])
+
+    @pytest.mark.parametrize(("rows", "width"), [(1, 5), (64, 96), (150, 200)])
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_gradients_of_a_row_scale(
+        self, dtype: torch.dtype, rows: int, width: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dy, z = (torch.randn(rows, width).to(dtype) for _ in range(2))
+        less_one = (0.1 * torch.randn(width)).to(dtype)
+        less_one[3] = -1  # a scale of zero
+
+        def compute() -> list[Tensor]:
+            given = dy.clone()
+            scaled, dg = row_scale_grads(given, z, less_one, in_place=in_place)
+            assert dg is not None
+            assert (scaled is given) == in_place
+            assert in_place or torch.equal(given, dy)
+            return [scaled, dg]
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, ROUNDING[dtype])

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, factor_grad, sum_of_products
@@ -155,9 +156,14 @@ def row_scale_grads(
     if less_one is None or z is None:
         return dy, None
     dtype = torch.promote_types(dy.dtype, torch.float32)
+    if native.can_take(dy, z, less_one, function="scale_back"):
+        out, sums = dy if in_place else torch.empty_like(dy), less_one.new_empty(len(less_one), dtype=dtype)
+        native.call("scale_back", dy, z, less_one, out, sums, *dy.shape)
+    else:
+        sums = (dy * z).sum(0).to(dtype)
+        out = torch.addcmul(dy, dy, less_one, out=dy if in_place else None)
     g = less_one.to(dtype) + 1
-    dg = (dy * z).sum(0).to(dtype).div_(g.masked_fill_(g == 0, torch.inf))
-    return torch.addcmul(dy, dy, less_one, out=dy if in_place else None), dg
+    return out, sums.div_(g.masked_fill_(g == 0, torch.inf))
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -97,6 +97,37 @@ static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float s
     }
 }
 
+// ---- a factor for each column --------------------------------------------------------------------------------------
+
+// out = dy (1 + less_one), perhaps in place, and sums = the columns' sums of dy z. A thread has whole columns, so that
+// their sums do not depend on the number of threads.
+template <class T>
+static void scale_back(const T* dy, const T* z, const T* less_one, T* out, float* sums, i64 rows, i64 width,
+                       int threads) {
+    constexpr i64 SPAN = 96, RUN = 64;  // columns of a job, rows that are summed up by themselves
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 first = 0; first < width; first += SPAN) {
+        const i64 count = width - first < SPAN ? width - first : SPAN;
+        float scale[SPAN], part[SPAN], total[SPAN] = {};
+        for (i64 j = 0; j < count; j++) scale[j] = get(less_one[first + j]);
+        for (i64 start = 0; start < rows; start += RUN) {
+            for (i64 j = 0; j < count; j++) part[j] = 0.0f;
+            for (i64 t = start; t < (start + RUN < rows ? start + RUN : rows); t++) {
+                const T *up = dy + t * width + first, *in = z + t * width + first;
+                T* to = out + t * width + first;
+#pragma omp simd
+                for (i64 j = 0; j < count; j++) {
+                    float d = get(up[j]);
+                    part[j] = fma_(d, get(in[j]), part[j]);
+                    put(to[j], fma_(d, scale[j], d));
+                }
+            }
+            for (i64 j = 0; j < count; j++) total[j] += part[j];
+        }
+        for (i64 j = 0; j < count; j++) sums[first + j] = total[j];
+    }
+}
+
 // ---- rotation of heads ---------------------------------------------------------------------------------------------
 
 // out[h, t] = R(t) in[h, t], or its inverse; both with strides of their own, in elements, and whole heads in a row.
@@ -218,6 +249,10 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
     extern "C" void turn_##suffix(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size,      \
                                   i64 in_head, i64 in_row, i64 out_head, i64 out_row, float sign, int threads) {       \
         turn<T>(in, out, cos, sin, heads, rows, size, in_head, in_row, out_head, out_row, sign, threads);              \
+    }                                                                                                                  \
+    extern "C" void scale_back_##suffix(const T* dy, const T* z, const T* less_one, T* out, float* sums, i64 rows,     \
+                                        i64 width, int threads) {                                                      \
+        scale_back<T>(dy, z, less_one, out, sums, rows, width, threads);                                               \
     }                                                                                                                  \
     extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
                                   int threads) {                                                                       \
