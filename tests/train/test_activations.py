@@ -17,7 +17,7 @@ from veneer.data.pack import Batch
 from veneer.errors import TrainError
 from veneer.models import load_base
 from veneer.train import activations
-from veneer.train.activations import LEVELS, choose_level, gradient_checkpointing, kept_bytes
+from veneer.train.activations import LEVELS, choose_level, gradient_checkpointing, growth, kept_bytes
 from veneer.train.sft import sft
 
 
@@ -92,7 +92,7 @@ def test_auto_takes_the_least_that_fits(
     module: Any, monkeypatch: pytest.MonkeyPatch, share: float, level: str, says: str | None
 ) -> None:
     tokens = 200_000
-    need = activations.GROWTH * kept_bytes(module, sft, batch_of(64)) / 64 * tokens + activations.WORKING
+    need = growth(torch.device("cpu")) * kept_bytes(module, sft, batch_of(64)) / 64 * tokens + activations.WORKING
     monkeypatch.setattr(activations, "free_bytes", lambda device: int(share * need / activations.SPARE))
     found, note = choose_level("auto", module, sft, batch_of(64), tokens)
     assert found == level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from runs import lines
 
 from veneer.errors import TrainError
-from veneer.kernels import rms_norm
+from veneer.kernels import heap, native, rms_norm
 
 
 def test_an_operation_that_is_off_stops_the_run_before_anything_is_written(
@@ -38,6 +39,9 @@ def test_a_run_explains_itself_and_is_the_same_run(
     assert lines(tmp_path / "dropout") == lines(tmp_path / "explained")
     said = [text for _, text in watcher.messages if text.startswith("how this run computes")]
     assert len(said) == 1
-    for word in ("float32", "LlamaRMSNorm", "packed" if packing else "padded", "RMSNorm", "cross entropy", "limit"):
+    rows, memory = "packed" if packing else "padded", heap.description()
+    for word in ("float32", "LlamaRMSNorm", rows, memory, "RMSNorm", "cross entropy", "limit"):
         assert word in said[0]
+    recorded = json.loads((tmp_path / "plain" / "run.json").read_text())["hardware"]
+    assert (recorded["memory"], recorded["kernels"]) == (memory, native.description())
     assert not [text for _, text in plain.messages if "how this run computes" in text]

@@ -22,20 +22,31 @@ from veneer.kernels import native
 SOURCE = Path(__file__).parent / "cpp_torch" / "allocator.cpp"
 
 
-@functools.cache
 def reuse_freed_memory() -> bool:
     """From now on tensors of this process get their memory so; says whether they do.
 
     Not where the C library is another than glibc or there is no compiler. Memory from before is freed as it was.
     """
+    return _taken() is None
+
+
+def description() -> str:
+    """Who gives tensors of this process their memory, in words. Takes over where that has not been done."""
+    reason = _taken()
+    return "our own, freed memory is used again" if reason is None else f"PyTorch's: {reason}"
+
+
+@functools.cache
+def _taken() -> str | None:
+    """Takes over; returns why not where that cannot be."""
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        return False
+        return "another C library than glibc"
     folder = Path(torch.__file__).parent
     flags = ("-O2", "-std=c++20", "-fPIC", f"-I{folder / 'include'}", f"-DTORCH_VERSION={torch.__version__}")
     link = ("-shared", f"-L{folder / 'lib'}", "-lc10")
     try:
         library = ctypes.CDLL(str(native.built([SOURCE], flags, link)))
-    except (native.Missing, OSError):
-        return False
+    except (native.Missing, OSError) as error:
+        return str(error)
     library.take_over()
-    return True
+    return None

@@ -1,13 +1,15 @@
-"""What runs on what, in words: ``veneer train --explain``."""
+"""What runs on what: in words for ``veneer train --explain``, and what ``run.json`` says of the machine."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from veneer.kernels import native
+from veneer.kernels import heap, native
 from veneer.kernels.check import Finding, Watch
 from veneer.models import Base
-from veneer.runtime import cpu_bf16_time
+from veneer.runtime import cpu_bf16_time, hardware
 from veneer.train.activations import Level
 from veneer.train.layout import Layout
 from veneer.train.optimizer import FlatAdamW
@@ -31,6 +33,7 @@ def explanation(base: Base, level: Level, layout: Layout, optimizer: FlatAdamW, 
         "blocks": str(base.fused),
         "rows": _rows(layout),
         "activations": _LEVELS[level],
+        **({"memory": heap.description()} if base.device.type == "cpu" else {}),
         "optimizer": optimizer.description,
     }
     if base.quantization is not None:
@@ -38,6 +41,13 @@ def explanation(base: Base, level: Level, layout: Layout, optimizer: FlatAdamW, 
     width = max(map(len, lines)) + 2
     text = ["how this run computes", *(f"  {name:<{width}}{value}" for name, value in lines.items())]
     return "\n".join([*text, *_operations(watch)])
+
+
+def machine(base: Base) -> dict[str, Any]:
+    """What a run folder records about the machine, and about our own parts on it."""
+    ours = {"kernels": native.description(), "memory": heap.description()} if base.device.type == "cpu" else {}
+    device, dtype = str(base.device), str(base.dtype).removeprefix("torch.")
+    return {**hardware(), "device": device, "dtype": dtype, **ours}
 
 
 def _device(base: Base) -> str:

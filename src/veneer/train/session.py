@@ -27,7 +27,7 @@ from veneer.models.classifier import pad_id_of_classifier
 from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
-from veneer.runtime import hardware, holding_heap, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
+from veneer.runtime import holding_heap, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
 from veneer.train.activations import choose_level, gradient_checkpointing
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
@@ -40,7 +40,7 @@ from veneer.train.classification import (
     write_samples,
 )
 from veneer.train.distributed import World
-from veneer.train.explain import explanation
+from veneer.train.explain import explanation, machine
 from veneer.train.held_out import HeldOut, answers, check_metrics, first_sample, held_out_loss
 from veneer.train.hooks import step_hook
 from veneer.train.interrupt import StopRequest
@@ -327,12 +327,7 @@ class Session:
                 "eval": described(held_out.rows, held_out.dataset) if held_out is not None else None,
             },
             seed=self.recipe.train.seed,
-            hardware={
-                **hardware(),
-                "device": str(self.base.device),
-                "dtype": str(self.base.dtype).removeprefix("torch."),
-                **({"kernels": native.description()} if self.base.device.type == "cpu" else {}),
-            },
+            hardware=machine(self.base),
             extra={
                 "trainable_parameters": self.adapted.trainable_count(),
                 "coverage": str(self.adapted.coverage),
