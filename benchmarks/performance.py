@@ -76,7 +76,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def peers(options: argparse.Namespace, file: File, folder: Path) -> None:
-    """Against TRL and PEFT."""
+    """Against TRL and PEFT, and those that ``--python`` names an interpreter of."""
     for quantize in ("none", "nf4"):
         rows = folder / "rows.jsonl"
         if options.data is None:
@@ -90,9 +90,10 @@ def peers(options: argparse.Namespace, file: File, folder: Path) -> None:
             "batch": 8,
             "max_length": 1024,
             "rows": str(rows),
+            "python": options.python,
             "label": "the demo's task" if options.data is None else options.data.name,
         }
-        names = ["trl", "trl-nockpt", "peft"] if quantize == "none" else ["trl", "peft"]
+        names = ["trl", "trl-nockpt", "peft", *options.python] if quantize == "none" else ["trl", "peft"]
         file.measure(
             f"peers, quantize {quantize}", "peers", lambda job=job, names=names: sft.run(job, names, options.runs)
         )
@@ -248,7 +249,9 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m", help="the bundled model, or a folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    sft.add_python(parser)
     options = parser.parse_args()
+    options.python = sft.interpreters(parser, options.python)
     wanted = options.only.split(",")
     if unknown := [part for part in wanted if part not in PARTS]:
         parser.error(f"unknown part '{unknown[0]}'; use some of {', '.join(PARTS)}")

@@ -23,6 +23,8 @@ NAMES = {
     "trl": "TRL's SFTTrainer, its defaults",
     "trl-nockpt": "TRL without checkpointing",
     "peft": "a loop over PEFT",
+    "litgpt": "LitGPT's `finetune lora`",
+    "llamafactory": "LLaMA-Factory, its defaults",
 }
 
 

@@ -20,14 +20,18 @@ Job = dict[str, Any]
 Result = dict[str, Any]
 
 
-def in_process(module: str, name: str, job: Job) -> Result:
-    """What the contestant ``name`` of ``module`` makes of the job, which names its ``folder`` and ``threads``."""
+def in_process(module: str, name: str, job: Job, python: str = sys.executable) -> Result:
+    """What the contestant ``name`` of ``module`` makes of the job, which names its ``folder`` and ``threads``.
+
+    Args:
+        python: the interpreter, where the contestant has an environment of its own.
+    """
     print(f"{name} ...", file=sys.stderr, flush=True)
     folder = Path(job["folder"])
     job_path, result_path = folder / f"{name}.job.json", folder / f"{name}.result.json"
     job_path.write_text(json.dumps(job))
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", module, name, str(job_path), str(result_path)]
+    command = [python, "-m", module, name, str(job_path), str(result_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr or done.stdout}")

@@ -6,6 +6,8 @@ Everybody gets the same token ids, trained positions (the answers), order of row
 16, alpha 32, all linear layers), batch of 8 rows, learning rate, cosine schedule, dtype and number of threads.
 ``trl`` is TRL's SFTTrainer with its defaults (gradient checkpointing on); ``trl-nockpt`` has checkpointing off;
 ``peft`` is a loop written by hand over PEFT. With ``--quantize nf4`` the peers train over bitsandbytes' layers.
+``litgpt`` is LitGPT's ``finetune lora``, ``llamafactory`` is LLaMA-Factory's ``train`` with its defaults. Both want
+other versions of the same libraries: ``--python litgpt=PATH`` names the interpreter of an environment with it.
 
 Speed counts real tokens, not padding, from the third step on: the first two warm up allocators and caches. Memory is
 the highest resident size of the whole process. "first s" is from the start of the process to the end of the
@@ -25,6 +27,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +37,9 @@ from typing import Any
 from benchmarks.processes import in_process
 
 MODULE = "benchmarks.contestants"
-PEERS = ("trl", "trl-nockpt", "peft")
+# Those that want other versions of the same libraries: --python names the interpreter of their own environment.
+ELSEWHERE = {"litgpt": "benchmarks.litgpt_contestant", "llamafactory": "benchmarks.llamafactory_contestant"}
+PEERS = ("trl", "trl-nockpt", "peft", *ELSEWHERE)
 WARM_UP = 2
 SAME_CURVE = 0.02  # mean |difference| after the first step, as a share of the mean loss: bfloat16's rounding, not more
 
@@ -47,10 +52,14 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
     peak = in_process(MODULE, "peak", job)["flops"]
     examples = json.loads((folder / "examples.json").read_text())
     tokens, trained = (_sums(job["batch"], [count(example) for example in examples]) for count in (_length, _trained))
+    python = job.get("python", {})
+    for name in set(peers) & set(ELSEWHERE):
+        in_process(ELSEWHERE[name], "checkpoint", job, python.get(name, sys.executable))
     every: dict[str, list[dict[str, Any]]] = {name: [] for name in ["veneer", *peers]}
     for number in range(runs):
         for name in every:
-            every[name].append(figures(in_process(MODULE, name, {**job, "run": number}), tokens))
+            module, interpreter = ELSEWHERE.get(name, MODULE), python.get(name, sys.executable)
+            every[name].append(figures(in_process(module, name, {**job, "run": number}, interpreter), tokens))
     flops = [4 * prepared["linear_weights"] * t + 4 * prepared["head_weights"] * n for t, n in zip(tokens, trained)][
         WARM_UP:
     ]
@@ -73,8 +82,8 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
         for key in ("base", "quantize", "steps", "batch", "learning_rate", "seed", "dtype", "max_length", "threads")
     }
     packages = ["veneer", "torch", "transformers"]
-    packages += ["peft", "trl"] if peers else []
-    packages += ["bitsandbytes"] if peers and job["quantize"] != "none" else []
+    packages += ["peft", "trl"] if set(peers) - set(ELSEWHERE) else []
+    packages += ["bitsandbytes"] if set(peers) - set(ELSEWHERE) and job["quantize"] != "none" else []
     return {
         "settings": {**settings, "data": job["label"], "rows": prepared["rows"], "tokens": sum(tokens), "runs": runs},
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -214,9 +223,31 @@ def first_rows(source: Path, count: int, path: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def add_python(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PEER=PATH",
+        help=f"the interpreter of a peer that has an environment of its own: {', '.join(ELSEWHERE)}",
+    )
+
+
+def interpreters(parser: argparse.ArgumentParser, entries: list[str]) -> dict[str, str]:
+    """The interpreter of each peer that has one of its own."""
+    python = dict(entry.partition("=")[::2] for entry in entries)
+    for peer, path in python.items():
+        if peer not in ELSEWHERE:
+            parser.error(f"--python: '{peer}' is none of {', '.join(ELSEWHERE)}")
+        if not os.access(path, os.X_OK):
+            parser.error(f"--python {peer}: there is no program '{path}'")
+    return python
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sft", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peers", help=f"comma-separated: {', '.join(PEERS)}; or none; default: what is installed")
+    add_python(parser)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument("--quantize", default="none", choices=["none", "nf4"])
     parser.add_argument("--runs", type=int, default=1, help="of each, in turn; figures are medians")
@@ -238,6 +269,9 @@ def main() -> None:
     peers = [] if options.peers == "none" else options.peers.split(",")
     if unknown := [peer for peer in peers if peer not in PEERS]:
         parser.error(f"unknown peer '{unknown[0]}'; use some of {', '.join(PEERS)}, or none")
+    python = interpreters(parser, options.python)
+    if options.quantize != "none" and (elsewhere := [peer for peer in peers if peer in ELSEWHERE]):
+        parser.error(f"{elsewhere[0]} takes part in 16 bits alone")
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}: the first {WARM_UP} are not timed")
     if options.rows % options.batch:
@@ -252,6 +286,7 @@ def main() -> None:
             **{key: getattr(options, key) for key in ("steps", "base", "dtype", "batch", "learning_rate", "seed")},
             **{key: getattr(options, key) for key in ("max_length", "threads", "quantize")},
             "rows": str(rows),
+            "python": python,
             "label": "the demo's task" if options.data is None else options.data.name,
             "folder": folder,
         }

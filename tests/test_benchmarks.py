@@ -85,6 +85,9 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         (["--peers", "axolotl"], "unknown peer"),
         (["--steps", "2"], "must be more than 2"),
         (["--rows", "10"], "multiple of --batch"),
+        (["--python", "trl=python"], "'trl' is none of litgpt, llamafactory"),
+        (["--python", "litgpt=/nowhere/python"], "there is no program '/nowhere/python'"),
+        (["--peers", "litgpt", "--quantize", "nf4"], "litgpt takes part in 16 bits alone"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(arguments: list[str], message: str) -> None:
