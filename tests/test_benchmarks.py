@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from benchmarks.sft import compare_all, compare_curves, first_rows, middle, table, verdict
 
+from veneer.cli.bench import BENCHMARKS
+
 ROOT = Path(__file__).parents[1]
 RATES = [1e-3, 5e-4, 0.0]
 
@@ -95,3 +97,16 @@ def test_wrong_options_are_refused_before_anything_runs(arguments: list[str], me
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--peers", "axolotl"], ["sft", "--peers", "axolotl"]])
+def test_the_command_line_takes_options_with_and_without_a_name(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "veneer", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "unknown peer 'axolotl'" in done.stderr
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_benchmark_of_the_command_line_is_there(name: str) -> None:
+    assert (ROOT / "benchmarks" / f"{name}.py").is_file()

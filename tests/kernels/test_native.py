@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.kernels import native
 from veneer.kernels.attention import document_attention, document_attention_reference
+from veneer.kernels.gated_mlp import _gated, _gated_grads
 from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
 from veneer.kernels.lora_linear import row_scale_grads
 from veneer.kernels.qkv_rope import _turn
@@ -79,6 +80,21 @@ class TestTheSameNumbers:
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, ROUNDING[dtype])
+
+    @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+    @pytest.mark.parametrize("shape", [(1, 5), (33, 70)])
+    def test_gated_product(
+        self, dtype: torch.dtype, shape: tuple[int, int], act: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        e, g, dm = (torch.randn(shape).to(dtype) for _ in range(3))
+        e[0, :5] = torch.tensor([0.0, -30.0, 30.0, -1000.0, 1000.0])
+
+        def compute() -> list[Tensor]:
+            return [_gated(act, e, g), *_gated_grads(act, e, g, dm.clone())]
+
+        for got, want in both(monkeypatch, compute):
+            assert_near(got, want, ROUNDING[dtype])
+            assert_near(got[0, :5], want[0, :5], ROUNDING[dtype])
 
     @pytest.mark.parametrize("scale", [1.0, 0.25])
     @pytest.mark.parametrize(("rows", "words"), [(5, 301), (70, 4099)])
@@ -170,6 +186,12 @@ def test_what_is_not_a_number_stays_so() -> None:
         x = torch.tensor([[bits]], dtype=torch.int32).view(FLOAT).expand(1, 8).contiguous()
         assert rms_norm(x, torch.ones(8), 1e-5).isnan().all()
         assert rms_norm(x.to(BF16), torch.ones(8, dtype=BF16), 1e-5).isnan().all()
+    e, g = torch.tensor([math.nan, 1.0]), torch.tensor([1.0, math.nan])
+    for act in ("silu", "gelu_tanh"):
+        assert _gated(act, e, g).isnan().all()
+        de, dg = _gated_grads(act, e, g, torch.ones(2))
+        assert de.isnan().all()
+        assert dg[0].isnan()
     hidden = torch.full((1, 4), math.nan, dtype=BF16, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(50, 4).to(BF16), torch.tensor([3])).nll.sum()
     assert loss.isnan()
@@ -251,3 +273,9 @@ class TestWithoutTheLibrary:
         assert [command[1:] for command in ran] == [("--version",)]
         assert [path.name for path in first.parent.iterdir()] == [first.name]
         assert os.access(first, os.R_OK)
+
+
+@pytest.mark.parametrize("wrong", [5, 500_000_000, -1])
+def test_a_target_beyond_the_head_is_refused(wrong: int) -> None:
+    with pytest.raises(IndexError, match="the head has 5 words"):
+        linear_cross_entropy(torch.randn(2, 8), torch.randn(5, 8), torch.tensor([wrong, 1]))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.kernels import native
 from veneer.kernels.dropout import Dropout
+from veneer.kernels.gated_mlp import _gated, _gated_grads
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.kernels.qkv_rope import _turn
 from veneer.kernels.rms_norm import rms_norm
@@ -86,6 +87,13 @@ class TestTheSameNumbers:
 
         assert_same(compute, ROUNDING[dtype], monkeypatch)
 
+    @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+    def test_gated_product(self, act: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        e, g, dm = torch.randn(3, 7, 33).to(device, dtype).unbind()
+        e[0, :5] = torch.tensor([0.0, -30.0, 30.0, -1000.0, 1000.0])
+        assert_same(lambda: [_gated(act, e, g), *_gated_grads(act, e, g, dm.clone())], ROUNDING[dtype], monkeypatch)
+
     @pytest.mark.parametrize("scale", [1.0, 0.25])
     @pytest.mark.parametrize("words", [5, 64, 301])  # less than a piece, one whole, and several with a rest
     def test_cross_entropy(
@@ -151,9 +159,10 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "_cross_entropy": {"GRAD": True, "WORDS": 8192, "PIECES": 16},
     "_turn": {"HALF": 64, "HEADS": 4},
     "_drop": {"ADD": True, "FLAT": 2048},
+    "_gate_kernel": {"ACT": "gelu_tanh", "BACK": True, "FLAT": 2048},
 }
 POINTERS = {"rstd": "*fp32", "nll": "*fp32", "labels": "*i64", "correct": "*u8"}  # the others have the model's dtype
-TENSORS = {"x", "w", "y", "dy", "dx", "z", "source", "out", "cos", "sin"}
+TENSORS = {"e", "g", "m", "dg", "x", "w", "y", "dy", "dx", "z", "source", "out", "cos", "sin"}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -177,5 +186,5 @@ def test_each_kernel_compiles_for_a_gpu(name: str, arch: int, tmp_path: Path, mo
     options = {"num_warps": 8, "enable_fp_fusion": False}
     source = ASTSource(kernel, types, given)
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
-    assert "fma.rn.f32" not in code or name == "_cross_entropy"  # whose exponential is made of them
+    assert "fma.rn.f32" not in code or name in ("_cross_entropy", "_gate_kernel")  # whose exponential is made of them
     assert not re.search(r"\bld\.local|\bst\.local", code)  # nothing spills

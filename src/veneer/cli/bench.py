@@ -13,6 +13,10 @@ BENCHMARKS = {
     "variants": "the variants of LoRA against each other",
     "quantisation": "what 4 and 8 bits lose",
     "moe_memory": "experts by grouped products against dense deltas",
+    "memory": "the memory of 4 bits by formula: docs/memory.md",
+    "intrinsic_dimension": "how few numbers the demo's task needs",
+    "performance": "speed and memory, and how both grow: docs/performance.md",
+    "gpu": "training and decoding on an NVIDIA GPU",
 }
 
 
@@ -32,6 +36,9 @@ def bench(
 
     from veneer.errors import UsageError, did_you_mean
 
+    options = list(context.args)
+    if name.startswith("-"):
+        name, options = "sft", [name, *options]
     if name not in BENCHMARKS:
         known = "\n".join(f"  {key:<14}{text}" for key, text in BENCHMARKS.items())
         hint = did_you_mean(name, BENCHMARKS) or "use one of"
@@ -44,5 +51,5 @@ def bench(
             fix="clone the repository, pip install -e it, and run veneer bench there",
         )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", f"benchmarks.{name}", *context.args]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)

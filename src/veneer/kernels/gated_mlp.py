@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.lora_linear import (
@@ -68,8 +69,21 @@ def activation(name: str, e: Tensor) -> Tensor:
     return F.gelu(e, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
+def _gated(name: str, e: Tensor, g: Tensor) -> Tensor:
+    """``act(e) * g``."""
+    if not native.can_take(e, g, function=f"gate_{name}"):
+        return activation(name, e).mul_(g)
+    m = torch.empty_like(e)
+    native.call(f"gate_{name}", e, g, m, None, m.numel(), 0)
+    return m
+
+
 def _gated_grads(name: str, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
     """``(de, dg)`` of ``m = act(e) * g``; ``dm`` is used up."""
+    if native.can_take(e, g, dm, function=f"gate_{name}"):
+        dg = torch.empty_like(e)
+        native.call(f"gate_{name}", e, g, dm, dg, dg.numel(), 1)
+        return dm, dg
     dg = activation(name, e).mul_(dm)
     dm.mul_(g)
     if name == "silu":
@@ -151,7 +165,7 @@ class _GatedMlp(torch.autograd.Function):
         hh = sum_of_products(Turned(masked(flat, drops[0]), stacked))
         e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, kg)
         g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, ku)
-        m = activation(act, e if kg is None or bg is None else e + bg).mul_(g if ku is None or bu is None else g + bu)
+        m = _gated(act, e if kg is None or bg is None else e + bg, g if ku is None or bu is None else g + bu)
         u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, drops[1])
         y = scale_rows(u, kd, bd)
         trains_a = any(ctx.needs_input_grad[i] for i in (8, 13))
@@ -180,7 +194,7 @@ class _GatedMlp(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         flat, drd = row_scale_grads(flat, u, kd)
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
-        m = activation(ctx.act, e).mul_(g)
+        m = _gated(ctx.act, e, g)
         drop, drop_down = ctx.drops
         pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[18] else None, hd, bd, sd)
         sa = scaled(Ad, sd, dy.dtype)

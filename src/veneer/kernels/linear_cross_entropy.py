@@ -69,13 +69,18 @@ def linear_cross_entropy(
         bias: ``[V]`` or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
         logit_scale: factor on the logits before the cap.
+
+    Raises:
+        IndexError: a target is no row of the head.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return linear_cross_entropy_reference(hidden, weight, targets, bias, softcap, logit_scale)
     labels = targets.reshape(-1)
     positions = torch.nonzero(labels != IGNORE_INDEX).squeeze(-1)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-    nll, correct = _LinearCrossEntropy.apply(rows, weight, labels[positions], bias, softcap, logit_scale)  # type: ignore[no-untyped-call]  # torch's own
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), labels[positions]
+    if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(weight):  # native code trusts its caller
+        raise IndexError(f"a target is {wanted.min()} or {wanted.max()}, and the head has {len(weight)} words")
+    nll, correct = _LinearCrossEntropy.apply(rows, weight, wanted, bias, softcap, logit_scale)  # type: ignore[no-untyped-call]  # torch's own
     return TokenLosses(nll, correct, positions)
 
 

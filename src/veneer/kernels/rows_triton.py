@@ -7,6 +7,7 @@ product is rounded by itself, no multiply-add may be fused.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -65,6 +66,15 @@ def turn(
     arguments = (source, out, cos, sin, heads, half, in_head, in_row, out_head, out_row, sign)
     options = {"HALF": triton.next_power_of_2(half), "HEADS": 4, "enable_fp_fusion": False}
     _launch(_turn, (rows, triton.cdiv(heads, 4)), source.get_device(), *arguments, **options)
+
+
+def _gate(act: str, e: Tensor, g: Tensor, m: Tensor, dg: Tensor | None, count: int, back: int) -> None:
+    arguments = (e, g, m, m if dg is None else dg, count)
+    options = {"ACT": act, "BACK": bool(back), "FLAT": FLAT, "enable_fp_fusion": False}
+    _launch(_gate_kernel, (triton.cdiv(count, FLAT),), e.get_device(), *arguments, **options)
+
+
+gate_silu, gate_gelu_tanh = functools.partial(_gate, "silu"), functools.partial(_gate, "gelu_tanh")
 
 
 def drop(x: Tensor, out: Tensor, count: int, seed: int, threshold: int, scale: float, add: int) -> None:
@@ -175,6 +185,39 @@ def _turn(
     out += head * out_head + row * out_row + at
     tl.store(out, first.to(kind), mask=inside)
     tl.store(out + half, second.to(kind), mask=inside)
+
+
+@triton.jit  # type: ignore  # no types
+def _gate_kernel(
+    e: tl.tensor,
+    g: tl.tensor,
+    m: tl.tensor,
+    dg: tl.tensor,
+    count: int,
+    ACT: tl.constexpr,
+    BACK: tl.constexpr,
+    FLAT: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * FLAT + tl.arange(0, FLAT)
+    inside = place < count
+    kind = m.dtype.element_ty
+    x = tl.load(e + place, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+    if ACT == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        value = x * s
+        slope = s * (1.0 + x * (1.0 - s))
+    else:
+        t = 1.0 - 2.0 / (1.0 + tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        value = 0.5 * x * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.3989422804014327 * x * (1.0 - t * t) * (1.0 + 0.134145 * x * x)
+    value = value.to(kind).to(tl.float32)
+    if BACK:
+        dm = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dg + place, (value * dm).to(kind), mask=inside)
+        tl.store(m + place, ((dm * gain).to(kind).to(tl.float32) * slope).to(kind), mask=inside)
+    else:
+        tl.store(m + place, (value * gain).to(kind), mask=inside)
 
 
 @triton.jit  # type: ignore  # no types

@@ -1,10 +1,11 @@
 // What lies between the products of a step on a CPU, each in one pass over its rows. Plain C++: the compiler makes the
 // vectors. The formulas, and the plain PyTorch that each must agree with, are in the .py file of the operation.
 
-#include "common.h"
 #ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512")  // compilers take half of it by themselves
 #include <immintrin.h>
 #endif
+#include "common.h"
 
 // ---- cross entropy of rows of logits -------------------------------------------------------------------------------
 
@@ -200,6 +201,38 @@ static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int
     }
 }
 
+// ---- a gated product -----------------------------------------------------------------------------------------------
+
+// act(e) into `value`, and its derivative.
+static inline float silu(float e, float& value) {
+    float s = 1.0f / (1.0f + exp_(-e));
+    value = e * s;
+    return s * (1.0f + e * (1.0f - s));
+}
+static inline float gelu_tanh(float e, float& value) {
+    const float k = 0.79788456f, c = 0.044715f;
+    float t = 1.0f - 2.0f / (1.0f + exp_(2.0f * k * (e + c * e * e * e)));  // tanh
+    value = 0.5f * e * (1.0f + t);
+    return 0.5f * (1.0f + t) + 0.5f * e * (1.0f - t * t) * k * (1.0f + 3.0f * c * e * e);
+}
+
+// m = act(e) g; given dm as well, it becomes de in place, and dg is written.
+template <class T, float (*ACT)(float, float&)>
+static void gate(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (i64 i = 0; i < count; i++) {
+        float value, slope = ACT(get(e[i]), value);
+        value = rounded<T>(value);
+        if (back) {
+            float dm = get(m[i]);
+            put(dg[i], value * dm);
+            put(m[i], rounded<T>(dm * get(g[i])) * slope);
+        } else {
+            put(m[i], value * get(g[i]));
+        }
+    }
+}
+
 // ---- weights in 4-bit codes ----------------------------------------------------------------------------------------
 
 // out [rows, 2 * half] = book[code] * scale, rounded once; the code of an even column is a byte's upper half, and the
@@ -257,6 +290,12 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
     extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
                                   int threads) {                                                                       \
         drop<T>(x, out, count, seed, threshold, scale, add, threads);                                                  \
+    }                                                                                                                  \
+    extern "C" void gate_silu_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {       \
+        gate<T, silu>(e, g, m, dg, count, back, threads);                                                              \
+    }                                                                                                                  \
+    extern "C" void gate_gelu_tanh_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {  \
+        gate<T, gelu_tanh>(e, g, m, dg, count, back, threads);                                                         \
     }                                                                                                                  \
     extern "C" void decode4_##suffix(T* out, const std::uint8_t* codes, const float* scales, const float* book,        \
                                      i64 rows, i64 half, i64 groups, i64 codes_row, i64 scales_row, int threads) {     \
