@@ -23,13 +23,17 @@ TRAIN: dict[str, Any] = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "ma
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Renders the rows once, converts the base if need be, and writes the adapter that everybody starts from.
 
-    A job without a ``batch`` says how many ``tokens`` a step should have, which then sets the number of rows.
+    Of each step's tokens it counts those that Veneer computes: a beginning that rows share stands there once. A
+    job without a ``batch`` says how many ``tokens`` a step should have, which then sets the number of rows.
     """
+    import torch
+
     from veneer.adapters import LoraConfig, attach
     from veneer.data.read import read
     from veneer.data.render import render
     from veneer.models import load_base
     from veneer.runtime import resolve_dtype
+    from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
     from veneer.train.sampler import step_rows
 
     folder = Path(job["folder"])
@@ -47,6 +51,15 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(
             f"{len(dataset)} rows do not fill {job['steps']} steps of {batch}: take more rows or fewer steps"
         )
+    layout = Layout(
+        packing=True,
+        micro_batch_tokens=default_micro_batch_tokens(job["max_length"], torch.device("cpu")),
+        micro_batch_rows=batch,
+        pad_id=0,
+        share_prefix=True,
+    )
+    steps = [order[at : at + batch] for at in range(0, len(order), batch)]
+    computed = [sum(part.input_ids.numel() for part in micro_batches(step, dataset, layout)) for step in steps]
     examples = []
     for index in order:
         example = dataset.row(index)
@@ -57,7 +70,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
     folder_of_base = str(hugging_face_folder(job["base"], dtype))
     sizes = _sizes(base.module)
-    return {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch, **sizes}
+    found = {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch}
+    return {**found, "computed_tokens": computed, **sizes}
 
 
 def _sizes(module: Any) -> dict[str, int]:

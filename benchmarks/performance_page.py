@@ -47,7 +47,20 @@ def write_page(records: Mapping[str, Record], path: Path) -> None:
         picture = path.with_name("performance-growth.png")
         draw_growth(parts["growth"], picture)
         sections.append(_growth(parts["growth"], picture.name))
+    sections.append(_not_measured(parts))
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _not_measured(parts: Mapping[str, list[Record]]) -> str:
+    """What the page could hold and the file of results does not."""
+    wanted = {"generation": "writing against transformers", "ratios": "what settings cost", "growth": "how cost grows"}
+    lacking = [text for part, text in wanted.items() if part not in parts]
+    records = {record["settings"]["quantize"]: record for record in parts.get("peers", [])}
+    for quantize, names in (("none", tuple(NAMES)), ("nf4", ("trl", "peft"))):
+        results = records[quantize]["results"] if quantize in records else {}
+        lacking += [f"training against {NAMES[n]}, quantize {quantize}" for n in names if n not in {"veneer", *results}]
+    lacking += ["any other processor than the one above", "a GPU (`python -m benchmarks.gpu`)"]
+    return "\n".join(["## Not measured", "", *(f"- {text}" for text in lacking)])
 
 
 def _head(parts: Mapping[str, list[Record]]) -> str:
@@ -86,7 +99,8 @@ def _peers(record: Record, picture: str) -> str:
         "",
         paragraph(
             f"{settings['base']} in {settings['dtype']}, rank 16 on all linear layers, {settings['batch']} rows a "
-            f"step, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens); the same ids, "
+            f"step, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens, of which Veneer "
+            f"computes {settings['computed_tokens']}: what rows begin with alike it computes once); the same ids, "
             "order, start of the adapter and learning rates for everybody. Medians of "
             f"{settings['runs']} runs in turn; speed from step {record['warm_up_steps'] + 1} on. The machine makes "
             f"{record['peak_flops'] / 1e12:.2f} TFLOP/s of products at most; "
@@ -115,6 +129,9 @@ def _verdicts(record: Record, quantize: str) -> list[str]:
         if scheme != quantize or ratios is None:
             continue
         parts = []
+        if ratios.get("void"):
+            lines.append(f"- Against {NAMES[peer]}: void, the loss curves part by more than rounding.")
+            continue
         if speed is not None:
             parts.append(_held(f"at least {speed:g} times the speed", ratios["speed"], ratios["speed"] >= speed))
         if memory is not None:

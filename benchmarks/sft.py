@@ -12,9 +12,10 @@ other versions of the same libraries: ``--python litgpt=PATH`` names the interpr
 Speed counts real tokens, not padding, from the third step on: the first two warm up allocators and caches. Memory is
 the highest resident size of the whole process. "first s" is from the start of the process to the end of the
 first step; "train s" is the wall time of the training call: all steps, with everything that the program does around
-them. "of peak" is the share of the machine's products that the step's products
-make up, without what adapters and attention add: 4 FLOP a weight of the layers and token, 4 a weight of the head and
-trained token. With ``--runs`` everybody runs in turn so many times, and figures are medians.
+them. "of peak" is the share of the machine's products that the step's products make up, without what adapters and
+attention add: 4 FLOP a weight of the layers and token, 4 a weight of the head and trained token; a beginning that rows
+share counts once for Veneer, which computes it once. With ``--runs`` everybody runs in turn so many times, and figures
+are medians.
 
 Two loss curves should be the same but for rounding. Where bfloat16 drives them apart by more, Veneer trains once more
 in float32, and the report says how far each of the two is from that curve.
@@ -60,13 +61,13 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
         for name in every:
             module, interpreter = ELSEWHERE.get(name, MODULE), python.get(name, sys.executable)
             every[name].append(figures(in_process(module, name, {**job, "run": number}, interpreter), tokens))
-    flops = [4 * prepared["linear_weights"] * t + 4 * prepared["head_weights"] * n for t, n in zip(tokens, trained)][
-        WARM_UP:
-    ]
     results = {name: middle(found) for name, found in every.items()}
-    for result in results.values():
+    for name, result in results.items():
         result["trained_tokens_per_second"] = result["tokens_per_second"] * sum(trained) / sum(tokens)
-        result["share_of_peak"] = result["tokens_per_second"] * sum(flops) / sum(tokens[WARM_UP:]) / peak
+        multiplied = prepared["computed_tokens"] if name == "veneer" else tokens
+        flops = 4 * prepared["linear_weights"] * sum(multiplied[WARM_UP:])
+        flops += 4 * prepared["head_weights"] * sum(trained[WARM_UP:])
+        result["share_of_peak"] = result["tokens_per_second"] * flops / sum(tokens[WARM_UP:]) / peak
     curves = compare_all(
         job, results["veneer"], {name: results[name] for name in peers}, lambda wide: in_process(MODULE, "veneer", wide)
     )
@@ -85,13 +86,30 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
     packages += ["peft", "trl"] if set(peers) - set(ELSEWHERE) else []
     packages += ["bitsandbytes"] if set(peers) - set(ELSEWHERE) and job["quantize"] != "none" else []
     return {
-        "settings": {**settings, "data": job["label"], "rows": prepared["rows"], "tokens": sum(tokens), "runs": runs},
+        "settings": {
+            **settings,
+            "data": job["label"],
+            "rows": prepared["rows"],
+            "tokens": sum(tokens),
+            "computed_tokens": sum(prepared["computed_tokens"]),
+            "runs": runs,
+        },
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "warm_up_steps": WARM_UP,
         "peak_flops": peak,
         "results": results,
-        "ratios": {p: {"speed": results[p]["speed_ratio"], "memory": results[p]["memory_ratio"]} for p in peers},
+        "ratios": {name: ratios(results[name]) for name in peers},
     }
+
+
+def ratios(result: dict[str, Any]) -> dict[str, Any]:
+    """Veneer's speed and memory as multiples of a peer's; void where the two did not learn the same."""
+    return {"speed": result["speed_ratio"], "memory": result["memory_ratio"], "void": is_void(result["curve"])}
+
+
+def is_void(curve: dict[str, Any]) -> bool:
+    """Whether two loss curves part by more than rounding explains."""
+    return not (curve["agrees"] or curve.get("explained", False))
 
 
 def _length(example: dict[str, Any]) -> int:
@@ -175,7 +193,8 @@ def table(report: dict[str, Any]) -> str:
     results, settings = report["results"], report["settings"]
     lines = [
         f"{settings['base']}, {settings['dtype']}, quantize {settings['quantize']}, {settings['threads']} threads, "
-        f"batch {settings['batch']}, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens); "
+        f"batch {settings['batch']}, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens, of "
+        f"which Veneer computes {settings['computed_tokens']}: what rows begin with alike it computes once); "
         f"speed from step {report['warm_up_steps'] + 1} on; {settings['runs']} runs",
         "",
         f"{'':12} {'tokens/s':>9} {'trained/s':>9} {'of peak':>8} {'peak GB':>8} {'first s':>8} {'train s':>8}"
@@ -189,6 +208,7 @@ def table(report: dict[str, Any]) -> str:
         )
         if name != "veneer":
             line += f"   {result['speed_ratio']:.2f} x as fast, with {result['memory_ratio']:.2f} x the memory"
+            line += " (VOID: it learned something else)" if is_void(result["curve"]) else ""
         lines.append(line)
     lines += ["", "loss   " + " ".join(f"{name:>10}" for name in results)]
     for step, losses in enumerate(zip(*(result["losses"] for result in results.values()), strict=True), start=1):

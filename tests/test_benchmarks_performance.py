@@ -22,6 +22,7 @@ def result(speed: float, memory: float, **more: Any) -> dict[str, Any]:
 
 def peers(quantize: str, speed: float) -> dict[str, Any]:
     settings = {"base": "b", "dtype": "bfloat16", "batch": 8, "steps": 3, "data": "d", "tokens": 900, "runs": 3}
+    settings["computed_tokens"] = 800
     theirs = {"speed_ratio": speed, "memory_ratio": 0.25, "curve": {"agrees": True, "relative": 0.001}}
     return {
         "name": f"peers {quantize}",
@@ -61,11 +62,22 @@ def test_the_page_has_every_part_its_verdicts_and_pictures(tmp_path: Path) -> No
         "| DoRA to LoRA | 1.200 (1.100 to 1.300) | 1.000 | 1.15: **missed** |",
         "| length: 512 | 4096 | 100% | 500 | 2.00 |",
         "within 0.10%",
+        "of which Veneer computes 800",
+        "- training against LitGPT's `finetune lora`, quantize none",
     ):
         assert part in text
     for name in ("curves-none", "curves-nf4", "growth"):
         assert f"(performance-{name}.png)" in text
         assert (tmp_path / f"performance-{name}.png").stat().st_size > 5000
+
+
+def test_a_row_that_learned_something_else_is_void(tmp_path: Path) -> None:
+    found = records()
+    found["a"]["ratios"]["trl"]["void"] = True
+    write_page(found, tmp_path / "performance.md")
+    text = (tmp_path / "performance.md").read_text()
+    assert "TRL's SFTTrainer, its defaults: void" in text
+    assert "at least 8 times" not in text
 
 
 def test_what_the_file_holds_is_not_measured_again_and_a_failure_is_tried_again(

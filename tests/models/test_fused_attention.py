@@ -10,6 +10,7 @@ from test_fused import packed, tiny
 from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraConfig, attach
+from veneer.models import fused as fused_module
 from veneer.models import fused_attention
 from veneer.models.fused import fuse
 from veneer.models.head import answer_loss, hidden_states
@@ -64,6 +65,36 @@ def test_loss_and_gradients_are_those_of_the_blocks_own_code(
         assert (gradient - wanted[name]).norm() < 1e-4 * wanted[name].norm(), name
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "up_proj"], ["gate_proj", "down_proj"]])
+def test_some_targets_and_several_adapters_are_fused_too(
+    targets: list[str], adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no adapter counts as one of rank zero, and several as one of the sum of their ranks."""
+
+    def measured() -> tuple[Tensor, dict[str, Tensor], int]:
+        model = adapted(fused("Qwen2"), target_modules=targets)
+        if adapters == 2:
+            model.add(LoraConfig(r=2, lora_alpha=7, init_lora_weights=False), "second", seed=1)
+            model.use("default", "second")
+        calls = []
+        for where, name in ((fused_attention, "qkv_rope"), (fused_module, "gated_mlp")):
+            original = getattr(where, name)
+            monkeypatch.setattr(where, name, lambda *a, original=original: (calls.append(1), original(*a))[1])
+        return *loss_and_gradients(model), len(calls)
+
+    loss, gradients, calls = measured()
+    assert calls == 4
+    for where in (fused_attention, fused_module):
+        monkeypatch.setattr(where, "low_rank_of", lambda *_: None)
+    expected, wanted, calls = measured()
+    assert calls == 0
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).norm() < 1e-4 * wanted[name].norm(), name
+
+
 @pytest.mark.parametrize("family", LEFT_ALONE)
 def test_attention_of_another_form_keeps_its_own_code(family: str) -> None:
     model = tiny(family)
@@ -100,7 +131,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
         assert block.forward.__self__ is block
 
 
-def test_without_documents_with_a_cache_or_without_an_adapter_the_block_runs_its_own_code(
+def test_without_documents_or_with_a_cache_the_block_runs_its_own_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = adapted(fused("Llama"))
@@ -108,11 +139,8 @@ def test_without_documents_with_a_cache_or_without_an_adapter_the_block_runs_its
     ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
     model.module(ids)
     model.module.generate(ids, max_new_tokens=2, do_sample=False)
-    batch = packed([4, 5])
-    with model.disabled():
-        hidden_states(model.module, batch)
     with pytest.raises(TypeError):
-        hidden_states(model.module, batch)
+        hidden_states(model.module, packed([4, 5]))
 
 
 def fused(family: str) -> nn.Module:

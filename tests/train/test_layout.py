@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_micro_batches_hold_every_row_once_within_their_bounds(packing: bool) ->
             assert len(batch.row_ids) <= 3
     if not packing:
         assert [max(document_lengths(batch)) for batch in batches] == [30, 5], "rows of like length lie together"
+
+
+def test_a_beginning_that_all_rows_share_takes_room_once() -> None:
+    beginning, trained = np.arange(100, dtype=np.int32), np.arange(120) >= 110
+    own = [np.full(20, 200 + i, dtype=np.int32) for i in range(9)]
+    rows = [Example(np.concatenate((beginning, end)), trained, f"f.jsonl:{i}") for i, end in enumerate(own)]
+    dataset = TokenDataset.from_examples(rows, RenderStats())
+    layout = Layout(packing=True, micro_batch_tokens=200, micro_batch_rows=1, pad_id=0, share_prefix=True)
+    batches = list(micro_batches(range(9), dataset, layout))
+    assert [batch.input_ids.numel() for batch in batches] == [200, 180]  # 100 and five ends of 20; 100 and four
+    assert sum(batch.tokens for batch in batches) == 9 * 120
+    alone = dataclasses.replace(layout, share_prefix=False)
+    assert len(list(micro_batches(range(9), dataset, alone))) == 9
 
 
 def test_a_row_longer_than_a_micro_batch_gets_one_of_its_own() -> None:

@@ -56,6 +56,19 @@ def keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return moved
 
 
+def is_plain(linear: nn.Module, x: Tensor, transposed: bool = False) -> bool:
+    """A linear computes ``W x + b`` for ``x`` and nothing else: no hook, no forward of its own, no cast on the way."""
+    weight: Any = getattr(linear, "weight", None)
+    return (
+        (transposed or type(linear).forward in (nn.Linear.forward, QuantizedLinear.forward))
+        and x.dtype == weight.dtype
+        and not has_own_forward(linear)
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 class LoraAdapter(nn.Module):
     """The factors that one adapter has at one layer.
 
@@ -264,14 +277,7 @@ class LoraLinear(nn.Module):
 
     def is_plain(self, x: Tensor) -> bool:
         """The base layer computes ``W x + b`` and nothing else: no hook, no forward of its own, no cast on the way."""
-        base = self.base_layer
-        return (
-            x.dtype == self.weight.dtype
-            and (self.transposed or type(base).forward in (nn.Linear.forward, QuantizedLinear.forward))
-            and not has_own_forward(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        return is_plain(self.base_layer, x, self.transposed)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one adapter, by the end of their PEFT key; none for factors that belong to another layer."""

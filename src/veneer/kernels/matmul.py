@@ -96,6 +96,8 @@ def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Ten
         bias: ``[n]``, added to it; the products are then turned ones.
         out: ``[T, n]`` to write it to, which none of the operands lies in; its rows may lie apart.
     """
+    if len(parts) > 1:
+        parts = tuple(part for part in parts if part.rows.shape[1]) or parts[:1]  # an update may have no rank
     if (plain := _for_native(parts, bias)) is not None:
         return _native_sum(plain, bias, out)
     # The last product is the narrow one of an update: the wide ones are added to it before they are rounded.
@@ -124,7 +126,7 @@ def _product(part: Turned | Plain, bias: Tensor | None = None, out: Tensor | Non
 
 def factor_grad(p: Tensor, x: Tensor) -> Tensor:
     """``P^T X [r, n]`` of ``P [T, r]`` and ``X [T, n]``, in float32 or in their dtype; outside of autograd."""
-    if _are_rows(p, x) and native.can_take(p[:0], x[:0], function="outer"):
+    if p.numel() and _are_rows(p, x) and native.can_take(p[:0], x[:0], function="outer"):
         out = x.new_empty(p.shape[1], x.shape[1], dtype=torch.float32)
         native.call("outer", p, p.stride(0), x, x.stride(0), out, len(x), *out.shape)
         return out
@@ -134,7 +136,7 @@ def factor_grad(p: Tensor, x: Tensor) -> Tensor:
 def _for_native(parts: tuple[Turned | Plain, ...], bias: Tensor | None) -> list[Turned | Plain] | None:
     """The products as native code takes them, small weights in codes decoded; None where it does not take them."""
     first = parts[0].rows
-    if len(parts) > _MOST or len(first) < _LEAST_ROWS:
+    if len(parts) > _MOST or len(first) < _LEAST_ROWS or not all(part.weight.shape.numel() for part in parts):
         return None
     if not native.can_take(first[:0], *(() if bias is None else (bias,)), function="matmul"):
         return None

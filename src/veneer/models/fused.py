@@ -42,7 +42,7 @@ class FusedRmsNorm(nn.Module):
 
 
 class FusedGatedMlp(nn.Module):
-    """A gated MLP that runs as one operation when its three linears carry one adapter each; else as its parts."""
+    """A gated MLP that runs as one operation where its three linears are plain but for adapters; else as its parts."""
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act_fn: nn.Module, act: str) -> None:
         super().__init__()

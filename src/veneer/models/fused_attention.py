@@ -3,7 +3,7 @@
 A block is four linears and no parameter of its own. What it passes to attention (scale, window, soft cap) is taken from
 its own forward, run once with an attention that writes its arguments down; queries, keys, values and output have to be
 ours too, at several sizes of the input (some models clamp). Its forward is then replaced on the instance, and hands
-back to its own code whatever is not training or scoring rows of documents with one adapter on each of the three.
+back to its own code whatever is not training or scoring rows of documents with plain projections, but for adapters.
 """
 
 from __future__ import annotations

@@ -118,12 +118,15 @@ def choose_level(
     if free is None:
         return "none", None
     needs: dict[Level, int] = {}
-    few = batch.input_ids.numel()
+    kept: dict[Level, float] = {}
     for level in LEVELS:
-        if level != "none" and not _parts(module, level):
+        parts = _parts(module, level)
+        if level != "none" and not parts:
             continue
         with gradient_checkpointing(module, level):
-            needs[level] = int(growth(device) * kept_bytes(module, objective, batch) / few * tokens) + WORKING
+            kept[level] = kept_bytes(module, objective, batch) / batch.input_ids.numel()
+        again = (kept["none"] - kept[level]) / len(parts) if level == "full" else 0.0  # of the layer in the backward
+        needs[level] = int(growth(device) * (kept[level] + again) * tokens) + WORKING
         if needs[level] <= SPARE * free:
             break
     level, need = next(reversed(needs.items()))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from veneer.data.dataset import TokenDataset
-from veneer.data.pack import Batch, best_fit_decreasing, collate_packed, collate_padded
+from veneer.data.pack import Batch, best_fit_decreasing, collate_packed, collate_padded, shared_beginning
 
 # Peak memory grows with the tokens, so a CPU's default is modest (SmolLM2-135M, bfloat16, all-linear r 16, about 1,700
 # tokens a step: 2.15 GB at once, 1.84 GB in micro-batches of at most 1024, a tenth slower); an accelerator needs more
@@ -70,13 +70,16 @@ def deal(indices: Sequence[int], lengths: Sequence[int] | NDArray[np.int64], wor
 def micro_batches(indices: Sequence[int], dataset: TokenDataset, layout: Layout) -> Iterator[Batch]:
     """The micro-batches of these rows, built one at a time.
 
-    Padded rows are sorted by length first: neighbours of like length waste the least.
+    Packed, a micro-batch is as large as the tokens that are computed in it. Padded rows are sorted by length first:
+    neighbours of like length waste the least.
     """
     lengths = [int(dataset.lengths[i]) for i in indices]
     if layout.packing:
-        for places in best_fit_decreasing(lengths, max(layout.micro_batch_tokens, max(lengths, default=1))):
-            rows = [dataset.row(indices[place]) for place in places]
-            yield collate_packed(rows, share_prefix=layout.share_prefix)
+        rows = [dataset.row(index) for index in indices]
+        common = shared_beginning(rows) if layout.share_prefix else 0  # stands once in each micro-batch
+        capacity = max(layout.micro_batch_tokens, max(lengths, default=1)) - common
+        for places in best_fit_decreasing([length - common for length in lengths], capacity):
+            yield collate_packed([rows[place] for place in places], share_prefix=layout.share_prefix)
         return
     order = sorted(range(len(indices)), key=lambda place: (-lengths[place], place))
     for start in range(0, len(order), layout.micro_batch_rows):
