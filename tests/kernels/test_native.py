@@ -279,3 +279,10 @@ class TestWithoutTheLibrary:
 def test_a_target_beyond_the_head_is_refused(wrong: int) -> None:
     with pytest.raises(IndexError, match="the head has 5 words"):
         linear_cross_entropy(torch.randn(2, 8), torch.randn(5, 8), torch.tensor([wrong, 1]))
+
+
+def test_of_words_that_are_as_likely_the_first_is_the_choice() -> None:
+    hidden, weight = torch.zeros(3, 4), torch.randn(300, 4)
+    for dtype in (FLOAT, BF16):
+        found = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), torch.tensor([0, 1, 299]))
+        assert found.correct.tolist() == [True, False, False]

@@ -188,3 +188,10 @@ def test_each_kernel_compiles_for_a_gpu(name: str, arch: int, tmp_path: Path, mo
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
     assert "fma.rn.f32" not in code or name in ("_cross_entropy", "_gate_kernel")  # whose exponential is made of them
     assert not re.search(r"\bld\.local|\bst\.local", code)  # nothing spills
+
+
+def test_of_words_that_are_as_likely_the_first_is_the_choice(device: str) -> None:
+    hidden, weight = torch.zeros(3, 4, device=device), torch.randn(300, 4, device=device)
+    for dtype in (FLOAT, BF16):
+        found = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), torch.tensor([0, 1, 299], device=device))
+        assert found.correct.tolist() == [True, False, False]

@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del z
             target = logp.gather(1, label)
             nll[start : start + step] = -target[:, 0]
-            correct[start : start + step] = (logp.max(-1, keepdim=True).values == target)[:, 0]
+            correct[start : start + step] = logp.argmax(-1) == label[:, 0]
             if grad is not None:
                 g = logp.exp_()
                 g.scatter_add_(1, label, torch.full_like(target, -1.0))

@@ -143,7 +143,13 @@ def _cross_entropy(
     total = tl.sum(tl.where(top > float("-inf"), total * tl.exp(top - most), 0.0))
     own = scale * tl.load(z + label).to(tl.float32)
     tl.store(nll + row, tl.log(total) + (most - own))
-    tl.store(correct + row, (own == most).to(tl.uint8))
+    earlier = 0  # words before the label that are as likely: the first of them is the choice
+    if own == most:
+        for piece in range(PIECES):
+            at = piece * WORDS + first
+            value = scale * tl.load(z + at, mask=at < label, other=float("-inf")).to(tl.float32)
+            earlier += tl.sum(((value == most) & (at < label)).to(tl.int32))
+    tl.store(correct + row, ((own == most) & (earlier == 0)).to(tl.uint8))
     if GRAD:
         for piece in range(PIECES):
             at = piece * WORDS + first

@@ -26,7 +26,10 @@ static void cross_entropy(T* z, const i64* labels, float* nll, std::uint8_t* cor
         for (i64 j = 0; j < width; j++) sum += exp_(scale * get(row[j]) - top);
         float own = scale * get(row[labels[i]]);
         nll[i] = float(std::log(sum)) + (top - own);
-        correct[i] = own == top;
+        i64 earlier = 0;  // words before the label that are as likely: the first of them is the choice
+        if (own == top)
+            for (i64 j = 0; j < labels[i]; j++) earlier += scale * get(row[j]) == top;
+        correct[i] = own == top && earlier == 0;
         if (!grad) continue;
         float share = float(exp_(own - top) / sum) - 1.0f, each = float(1 / sum);
 #pragma omp simd
