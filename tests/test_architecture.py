@@ -22,6 +22,7 @@ FLOORS = {
     "runtime": 0,
     "kernels": 0,
     "quant": 1,
+    "inbox": 1,
     "adapters": 2,
     "models": 3,
     "data": 3,
@@ -96,8 +97,8 @@ LIGHT_MODULES = [
     "veneer.data.conversation",
     "veneer.data.check",
     "veneer.demo",
-    "veneer.demo.generator",
     "veneer.demo.table",
+    "veneer.inbox.parts",
 ]
 HEAVY = ("torch", "transformers", "datasets")
 

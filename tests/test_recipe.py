@@ -367,6 +367,24 @@ def test_a_data_file_that_is_nowhere_is_told_before_anything_runs(folder: Path) 
     assert [text.partition(":")[0] for text in said_of_two] == ["data.train", "data.eval", "data.chat_template"]
 
 
+def test_a_missing_data_file_is_told_with_what_to_give_instead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (there,) = problems(folder, "base: b\ndata: {train: other.csv}\n")
+    assert there == "data.train: no file 'other.csv' - data files there: rows.jsonl"
+    (gone,) = problems(folder, "base: b\ndata: {train: runs/data/other.csv}\n")
+    assert gone.startswith(
+        f"data.train: no file 'runs/data/other.csv' - looked in {folder}; the folder 'runs/data' does"
+    )
+    assert gone.endswith("give a file that is there, or the demo's rows: demo-train, demo-validation, demo-heldout")
+    (folder / "run").mkdir()
+    (near,) = problems(folder, "base: b\ndata: {train: runs/data/other.csv}\n")
+    assert "did you mean 'run'?" in near
+    (folder / "demo.yaml").write_text("")
+    (misspelt,) = problems(folder, "base: b\ndata: {train: demo-trian}\n")
+    assert misspelt.startswith("data.train: no file 'demo-trian' - Did you mean 'demo-train'")
+    assert load(folder, "base: b\ndata: {train: demo-train, eval: demo-validation}\n").data.train == "demo-train"
+
+
 def test_a_finished_run_can_be_read_after_its_data_have_moved(folder: Path) -> None:
     (folder / "recipe.yaml").write_text("base: b\ndata: {train: /nowhere/rows.jsonl}\n")
     assert load_recipe(folder / "recipe.yaml", check_paths=False).data.train == "/nowhere/rows.jsonl"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import StorageError, VeneerError
+from veneer.errors import StorageError, VeneerError, nearest
 
 
 def cache_dir() -> Path:
@@ -34,6 +34,19 @@ def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def absent_folder(folder: Path) -> str:
+    """What to say of a folder that does not exist: also the one most like it, where its path leaves what exists."""
+    said = f"the folder '{folder}' does not exist either"
+    with contextlib.suppress(OSError):  # a folder on the way that may not be entered
+        missing = folder
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        there = [entry.name for entry in missing.parent.iterdir() if entry.is_dir()]
+        if close := nearest(missing.name, there, 1):
+            return f"{said}; did you mean '{missing.parent / close[0]}'?"
+    return said
 
 
 _STORAGE_PROBLEMS = (

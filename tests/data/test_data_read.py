@@ -347,7 +347,7 @@ def test_a_missing_file_names_the_nearest_ones(tmp_path: Path) -> None:
     assert caught.value.fix == "data files there: notes.csv, tickets.jsonl"
     with pytest.raises(DataError) as caught:
         read(tmp_path / "gone" / "deep.jsonl")
-    assert "does not exist either" in str(caught.value)
+    assert "does not exist either; give a file that is there, or the demo's rows: demo-train" in str(caught.value)
 
 
 def test_a_wrong_column_or_format_is_a_usage_error_with_the_nearest_name() -> None:

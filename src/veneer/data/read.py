@@ -1,4 +1,4 @@
-"""Reading rows from JSONL, JSON, CSV, text, Parquet, folders of them, lists in memory, and hub datasets.
+"""Reading rows from JSONL, JSON, CSV, text, Parquet, folders of them, lists in memory, hub datasets, and the demo.
 
 Plain files are read with the standard library: the command starts fast, and an error can name the exact line. Parquet
 goes through pyarrow and hub datasets through ``datasets``, both imported only when such a source is read.
@@ -6,6 +6,7 @@ goes through pyarrow and hub datasets through ``datasets``, both imported only w
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,9 @@ from veneer.data.labelled import FORMAT as LABELLED
 from veneer.data.labelled import LabelledShape, recognise_labelled
 from veneer.data.shapes import Shape, recognise
 from veneer.errors import DataError, UsageError, did_you_mean, nearest
-from veneer.files import sha256_file, storage_errors
+from veneer.files import absent_folder, sha256_file, storage_errors
+from veneer.inbox.parts import SOURCES as BUILT_IN
+from veneer.inbox.parts import as_jsonl, draw_parts
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # File names that mean a split: a folder of train.jsonl and test.jsonl must not be trained on as a whole.
@@ -54,7 +57,8 @@ def read(
 
     Args:
         source: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md), a folder of them, a hub dataset ("org/name", or
-            "org/name:config"), a list of dicts, or a list of files.
+            "org/name:config"), a list of dicts, or a list of files; where there is no file of that name, "demo-train",
+            "demo-validation" and "demo-heldout" are the demo's rows.
         format: "auto", "messages", "sharegpt", "alpaca", "prompt-completion" or "text"; "labelled" for texts with a
             class each, which auto never guesses.
         columns: Veneer's field names to the source's columns, such as ``{"prompt": "question", "completion":
@@ -134,10 +138,19 @@ def _open(source: str | Path | Sequence[Mapping[str, Any]], split: str) -> _Open
         return _open_folder(path, split)
     if exists:
         return _open_file(path, path.name)
+    if text in BUILT_IN:
+        return _open_built_in(text)
     known_suffix = path.suffix.lower() in READERS
     if _HUB_ID.fullmatch(text) and not known_suffix and not path.parent.is_dir():
         return _open_hub(text, split)
     raise _missing(path)
+
+
+def _open_built_in(name: str) -> _Opened:
+    rows = draw_parts()[BUILT_IN[name]]
+    digest = hashlib.sha256(as_jsonl(rows).encode()).hexdigest()  # that of the file that `veneer demo` writes
+    numbered = (RawRow(row, f"{name}:{n}", f"{name}, row {n}") for n, row in enumerate(rows, 1))
+    return _Opened(numbered, name, "the demo's rows, made from a seed", {name: digest})
 
 
 def _open_file(path: Path, name: str) -> _Opened:
@@ -235,16 +248,17 @@ def _missing(path: Path) -> DataError:
     folder = path.parent
     if folder.is_dir():
         there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        close = nearest(path.name, there)
+        close = nearest(path.name, [*there, *BUILT_IN])
         data = [name for name in there if Path(name).suffix.lower() in READERS]
         if close:
-            fix = "Did you mean " + " or ".join(f"'{folder / name}'" for name in close) + "?"
+            names = [name if name in BUILT_IN else str(folder / name) for name in close]
+            fix = f"Did you mean {' or '.join(map(repr, names))}?"
         elif data:
             fix = f"data files there: {', '.join(data[:5])}{', ...' if len(data) > 5 else ''}"
         else:
             fix = f"the folder '{folder}' holds no data file; check the path"
     else:
-        fix = f"the folder '{folder}' does not exist either; check the path"
+        fix = f"{absent_folder(folder)}; give a file that is there, or the demo's rows: {', '.join(BUILT_IN)}"
     return DataError("there is no such file", where=str(path), fix=fix)
 
 

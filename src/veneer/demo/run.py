@@ -9,15 +9,14 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.demo.generator import generate_rows
 from veneer.files import write_json, write_text
+from veneer.inbox.parts import HELDOUT_ROWS, TRAIN_ROWS, VALIDATION_ROWS, as_jsonl, draw_parts
 from veneer.recipe import Recipe, load_recipe
 from veneer.run import RunFolder
 
 if TYPE_CHECKING:
     from veneer.train.progress import Progress
 
-TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 1200, 40, 200
 METRICS = ("json_exact", "json_valid", "json_fields")
 
 
@@ -31,21 +30,13 @@ def write_data(
 ) -> dict[str, Path]:
     """Writes ``train.jsonl``, ``validation.jsonl`` and ``heldout.jsonl``; the bytes depend on the arguments alone.
 
-    The validation rows follow the training rows in one draw, so that no message is in both.
-
     Returns:
         the paths, by the files' names without suffix.
     """
-    drawn = generate_rows(train_rows + validation_rows, seed, "train")
-    parts = {
-        "train": drawn[:train_rows],
-        "validation": drawn[train_rows:],
-        "heldout": generate_rows(heldout_rows, seed, "heldout"),
-    }
     paths = {}
-    for name, rows in parts.items():
+    for name, rows in draw_parts(seed, train_rows, validation_rows, heldout_rows).items():
         paths[name] = folder / f"{name}.jsonl"
-        write_text(paths[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(paths[name], as_jsonl(rows))
     return paths
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import RecipeError, did_you_mean
+from veneer.errors import RecipeError, did_you_mean, nearest
+from veneer.files import absent_folder
+from veneer.inbox.parts import SOURCES as BUILT_IN
 from veneer.recipe import yamlio
 from veneer.recipe.hints import key_hint
 from veneer.recipe.problems import Problem, RecipeProblems, all_keys, build, expected
@@ -178,10 +180,11 @@ def _with_paths(
         for place in (folder / given, Path.cwd() / given):
             if place.exists():
                 return str(place.absolute())
-        if check and (given.suffix.lower() in DATA_SUFFIXES or text.startswith((".", "~", "/"))):
+        is_path = given.suffix.lower() in DATA_SUFFIXES or text.startswith((".", "~", "/"))
+        misspelt = key != "data.chat_template" and text not in BUILT_IN and bool(nearest(text, BUILT_IN))
+        if check and (is_path or misspelt):
             line = _line_of(document, tuple(key.split(".")))
-            near = sorted(p.name for p in (folder / given).parent.glob("*") if p.is_file())
-            fix = did_you_mean(given.name, near) or f"looked in {folder} and in {Path.cwd()}"
+            fix = _near(given, [] if given.is_absolute() else list(dict.fromkeys([folder, Path.cwd()])))
             problems.append(Problem(key, f"{key}: no file '{text}'", fix, _place(name, line), line or 0))
         return text
 
@@ -210,3 +213,19 @@ def _with_paths(
     output = str(Path(recipe.output_dir).expanduser().absolute())
     changed = {"base": base, "output_dir": output, "data": recipe.data.model_copy(update=data)}
     return recipe.model_copy(update=changed)
+
+
+def _near(given: Path, places: list[Path]) -> str:
+    """The remedy for a file that is in none of ``places``: names like it, else files beside it, else rows to try."""
+    folders = [place / given.parent for place in places] or [given.parent]
+    there = sorted({entry.name for folder in folders for entry in folder.glob("*") if entry.is_file()})
+    if close := nearest(given.name, [*there, *BUILT_IN]):
+        names = [name if name in BUILT_IN else str(given.parent / name) for name in close]
+        return f"Did you mean {' or '.join(map(repr, names))}?"
+    data = [str(given.parent / name) for name in there if Path(name).suffix.lower() in DATA_SUFFIXES]
+    if data:
+        return f"data files there: {', '.join(data[:5])}{', ...' if len(data) > 5 else ''}"
+    said = [f"looked in {' and in '.join(map(str, places))}"] if places else []
+    if not any(folder.is_dir() for folder in folders):
+        said.append(absent_folder(given.parent))
+    return "; ".join([*said, f"give a file that is there, or the demo's rows: {', '.join(BUILT_IN)}"])

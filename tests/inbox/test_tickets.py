@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from veneer.demo.phrases import INTENTS
-from veneer.demo.tickets import labelled_rows, write_tickets
+from veneer.inbox.phrases import INTENTS
+from veneer.inbox.tickets import labelled_rows, write_tickets
 from veneer.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

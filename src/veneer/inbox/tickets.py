@@ -6,9 +6,9 @@ import json
 import random
 from pathlib import Path
 
-from veneer.demo.generator import draw_ticket, write_message
-from veneer.demo.words import Split
 from veneer.files import write_text
+from veneer.inbox.generator import draw_ticket, write_message
+from veneer.inbox.words import Split
 
 TRAIN_ROWS, HELDOUT_ROWS = 480, 120
 

@@ -8,8 +8,8 @@ generator: ``{product}``, ``{order}``, ``{amount}``, ``{date}`` (the bare date),
 
 from __future__ import annotations
 
-from veneer.demo.notation import Language
-from veneer.demo.words import Split
+from veneer.inbox.notation import Language
+from veneer.inbox.words import Split
 
 Pool = dict[Split, tuple[str, ...]]
 

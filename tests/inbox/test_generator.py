@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from veneer.demo import notation, phrases, words
-from veneer.demo.generator import KEYS, SYSTEM, Ticket, _typo, draw_ticket, generate_rows, on_date, write_message
-from veneer.demo.words import Split
 from veneer.errors import UsageError
 from veneer.files import sha256_json
+from veneer.inbox import notation, phrases, words
+from veneer.inbox.generator import KEYS, SYSTEM, Ticket, _typo, draw_ticket, generate_rows, on_date, write_message
+from veneer.inbox.words import Split
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 MONTHS = {name: number for names in notation.MONTHS.values() for number, name in enumerate(names.split(), start=1)} | {
@@ -104,8 +104,8 @@ def test_every_message_states_the_facts_of_its_ticket_and_no_second_order_date_o
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Facts are read back from the message by the rules of the README, from messages without typos and distractors."""
-    monkeypatch.setattr("veneer.demo.generator.DISTRACTOR_RATE", {"train": 0.0, "heldout": 0.0})
-    monkeypatch.setattr("veneer.demo.generator.TYPO_RATE", {"train": 0.0, "heldout": 0.0})
+    monkeypatch.setattr("veneer.inbox.generator.DISTRACTOR_RATE", {"train": 0.0, "heldout": 0.0})
+    monkeypatch.setattr("veneer.inbox.generator.TYPO_RATE", {"train": 0.0, "heldout": 0.0})
     money = r"(?:EUR |USD |[$£€])\d[\d.,]*\d|(?:EUR |USD |[$£€])\d|\d[\d.,]*(?: ?€(?!\d)| euros)"
     months = "|".join(sorted(MONTHS, key=len, reverse=True))
     days = (

@@ -1,7 +1,7 @@
 """Messages of an online shop's customers and the JSON that they stand for, from a seed.
 
 A row is drawn as a :class:`Ticket` (the facts), then written down as a message; the completion is made from the facts
-alone, so it is right by construction. README.md in this folder has the rules.
+alone, so it is right by construction. ``demo/README.md`` has the rules.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from veneer.demo import notation, phrases, words
-from veneer.demo.notation import Language
-from veneer.demo.words import Split
 from veneer.errors import UsageError
+from veneer.inbox import notation, phrases, words
+from veneer.inbox.notation import Language
+from veneer.inbox.words import Split
 
 KEYS = ("intent", "customer", "product", "order", "amount", "date")
 _INTENTS = ", ".join(phrases.INTENTS)
