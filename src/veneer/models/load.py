@@ -109,7 +109,8 @@ def load_base(
     whose weights are in bitsandbytes' codes already is loaded as it is, with or without ``quantize``.
 
     Args:
-        spec: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
+        spec: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``; ``tiny-random-moe`` and ``tiny-random-hybrid``
+            have random weights, for trying things out.
         dtype: auto, bfloat16, float16 or float32: of what is computed, and of the weights that are not in codes.
         device: auto, cpu, cuda, cuda:N or mps.
         revision: a branch, tag or commit of a hub id.

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import ModelError, UsageError, did_you_mean, nearest
-from veneer.models.bundled import ALIASES, find_bundled, hub_id
+from veneer.files import absent_folder
+from veneer.models.bundled import ALIASES, RANDOM, find_bundled, hub_id
+from veneer.models.tiny import random_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -35,7 +37,7 @@ def find(spec: str | Path, revision: str | None, trust_remote_code: bool, *, wei
     """Where the files of ``spec`` are, downloaded if they are on the hub.
 
     Args:
-        spec: a hub id, a folder, a ``.gguf`` file, or an alias.
+        spec: a hub id, a folder, a ``.gguf`` file, or an alias; a random model is made when it is first asked for.
         revision: a branch, tag or commit of a hub id.
         trust_remote_code: also download the model's own code.
         weights: False leaves the weights on the hub.
@@ -43,6 +45,7 @@ def find(spec: str | Path, revision: str | None, trust_remote_code: bool, *, wei
     Raises:
         ModelError: nothing of that name on this machine or on the hub, or the hub cannot be reached.
         UsageError: a revision of something that has none.
+        StorageError: a random model cannot be written to the cache folder.
     """
     text = os.fspath(spec)
     if text in ALIASES:
@@ -52,6 +55,9 @@ def find(spec: str | Path, revision: str | None, trust_remote_code: bool, *, wei
             return Source(text, source.revision, source.folder, None)
         _refuse_revision(revision, text)
         return Source(text, None, None, bundled)
+    if text in RANDOM:
+        _refuse_revision(revision, text)
+        return Source(text, None, random_folder(text), None)
     path = Path(text).expanduser()
     if path.is_dir():
         _refuse_revision(revision, text)
@@ -70,8 +76,7 @@ def find(spec: str | Path, revision: str | None, trust_remote_code: bool, *, wei
         raise ModelError(
             f"there is no {'file' if path.suffix == '.gguf' else 'folder'} '{text}'",
             where="base",
-            fix=_similar(text)
-            or ("check the path" if path.parent.is_dir() else f"the folder {path.parent} does not exist either"),
+            fix=_similar(text) or _instead(path),
         )
     return _download(text, revision, trust_remote_code, weights)
 
@@ -94,7 +99,20 @@ def _similar(text: str) -> str:
     close = nearest(path.name, [entry.name for entry in neighbours])
     if close:
         return "Did you mean " + " or ".join(repr(str(path.parent / name)) for name in close) + "?"
-    return did_you_mean(text, ALIASES)
+    return did_you_mean(text, [*ALIASES, *RANDOM])
+
+
+def _instead(path: Path) -> str:
+    """What a base can be, where nothing has a name like the one that is missing: also the models beside it."""
+    names = f"a hub id, or one of {', '.join([*ALIASES, *RANDOM])}"
+    if not path.parent.is_dir():
+        return f"{absent_folder(path.parent)}; name a model's folder, a .gguf file, {names}"
+    there = sorted(
+        str(entry) for entry in path.parent.iterdir() if (entry / "config.json").is_file() or entry.suffix == ".gguf"
+    )
+    if there:
+        return f"models there: {', '.join(there[:5])}{', ...' if len(there) > 5 else ''}"
+    return f"name a model's folder, a .gguf file, {names}"
 
 
 def _download(

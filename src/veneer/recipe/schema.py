@@ -139,7 +139,7 @@ class DataRecipe(Section):
     """What is learnt from, and what is held out."""
 
     train: Text | Texts = Field(
-        description="a file (jsonl, json, csv, parquet, txt), a folder, a hub id, or a list of them"
+        description="a file (jsonl, json, csv, parquet, txt), a folder, a hub id, a list of them, or demo-train"
     )
     eval: Share | Count | Text | Texts | None = Field(
         default=0.1, description="held-out rows: a share of train, a number of its rows, files of their own, or null"
@@ -261,7 +261,10 @@ class EvalRecipe(Section):
 class Recipe(Section):
     """One fine-tuning run, whole."""
 
-    base: Text = Field(description="the base model: a hub id, a folder, a .gguf file, or smollm2-135m")
+    base: Text = Field(
+        description="the base model: a hub id, a folder, a .gguf file, or smollm2-135m; "
+        "tiny-random-moe, tiny-random-hybrid: random weights, for trying things out"
+    )
     revision: Text | None = Field(default=None, description="the hub's branch, tag or commit")
     task: Literal["generation", "classification"] = Field(
         default="generation", description="what is learnt: to write answers, or to tell classes apart (encoders too)"
