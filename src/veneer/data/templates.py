@@ -166,16 +166,42 @@ class ChatTemplate:
             TemplateFailure: the template refused the messages.
         """
         try:
-            marked = self._compiled.render(
-                messages=messages,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=date.strftime,
-                **self._tokens,
-            )
+            return self._render(self._as_read(messages), tools, add_generation_prompt, date)
         except Exception as error:  # a template is a program: what it raises is up to the row
             raise TemplateFailure(str(error) or type(error).__name__) from error
+
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether it reads a message's content as a list of parts alone, as those of many vision-language models do."""
+        return not self._writes(_PROBE) and self._writes(_in_parts(_PROBE))
+
+    def _writes(self, content: Any) -> bool:
+        try:
+            return _PROBE in self._render([{"role": "user", "content": content}], (), False, TEMPLATE_DATE)[0]
+        except Exception:  # as in render
+            return False
+
+    def _as_read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The messages in the form that this template reads."""
+        if not self.takes_parts:
+            return list(messages)
+        return [{**message, "content": _in_parts(message["content"])} for message in messages]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        date: datetime,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        marked = self._compiled.render(
+            messages=messages,
+            tools=list(tools) or None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=date.strftime,
+            **self._tokens,
+        )
         return _unmark(marked) if self.has_generation else (marked, [])
 
     def render_row(
@@ -195,7 +221,7 @@ class ChatTemplate:
         for _attempt in range(2):  # a template may write today's date, and midnight may fall between the two
             ours = self.render(messages, row.tools, date=datetime.now())[0]
             theirs = self.tokenizer.apply_chat_template(
-                messages, tools=list(row.tools) or None, chat_template=self.source, tokenize=False
+                self._as_read(messages), tools=list(row.tools) or None, chat_template=self.source, tokenize=False
             )
             if ours == theirs:
                 return
@@ -323,6 +349,11 @@ def any_of(tokens: Iterable[str]) -> str:
     """A pattern that matches any of the tokens."""
     # Longest first: a token may begin with another one.
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+
+
+def _in_parts(text: str) -> list[dict[str, str]]:
+    """A text as the only part of a message that may hold images too."""
+    return [{"type": "text", "text": text}]
 
 
 def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -29,6 +30,7 @@ from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
 from veneer.models.identity import BaseIdentity, cached_sha256, hash_files, hash_template, hash_tokenizer_files
 from veneer.models.originals import each_original
+from veneer.models.processor import processor_template
 from veneer.models.quantized import Quantized, held_bytes
 from veneer.models.quantized_config import chosen_config, declared_config
 from veneer.models.quantized_load import Progress, load_quantized
@@ -302,7 +304,8 @@ def _read_config(
         raise ModelError(f"config.json is not JSON: {error}", where=str(path), fix="fetch it again") from error
     except KeyError as error:
         raise ModelError("config.json has no model_type", where=str(path), fix="fetch it again") from error
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if classifier else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    writers = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if classifier else writers
     own_code = "auto_map" in values and model_type not in known
     if own_code and not trust_remote_code:
         raise ModelError(
@@ -340,6 +343,12 @@ def _read_config(
             where=str(path),
             fix="fetch it again",
         ) from error
+    if not classifier and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
+        raise ModelError(
+            f"a model of type '{model_type}' reads with one network and writes with another, which is not known here",
+            where=str(path),
+            fix="use a model whose language model reads text by itself, such as those of Qwen2-VL, Gemma 3 or SmolVLM",
+        )
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # the codes are read here, not by transformers
@@ -352,6 +361,8 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=trust_remote_code
             )
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = processor_template(folder)
             return tokenizer
     except Exception as error:  # missing files, broken JSON, an unknown class: many kinds of error
         raise ModelError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from veneer.errors import ModelError
 from veneer.models import quantized_experts
@@ -22,7 +22,7 @@ from veneer.models.quantized_intake import Job, Settings, StoredWeight
 from veneer.models.quantized_memory import check_memory
 from veneer.models.quantized_plan import Weight, plan_quantisation
 from veneer.models.quantized_read import Heap, Lazy, StoredTensor, stored_tensors, weights_in_codes
-from veneer.models.strict import first_line, quiet, raise_report
+from veneer.models.strict import first_line, model_family, quiet, raise_report
 from veneer.quant import QuantConfig, QuantizedLinear, QuantizedTensor
 from veneer.quant.stack import QuantizedStack
 
@@ -58,7 +58,7 @@ def load_quantized(
         UsageError: an entry of ``skip`` matches nothing.
     """
     with quiet(), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        skeleton = model_family(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     plan = plan_quantisation(skeleton, skip)
     tensors = stored_tensors(files)
     stored = _stored_weights(tensors, folder) if in_codes else {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from veneer import __version__
 from veneer.errors import UsageError
 from veneer.files import atomic_folder, write_json
+from veneer.models.processor import copy_processor
 from veneer.models.quantized_config import OURS
 from veneer.quant import QuantConfig, QuantizedLinear
 from veneer.quant.stack import QuantizedStack
@@ -70,6 +71,7 @@ def save_base(base: Base, folder: str | Path, *, overwrite: bool = False, max_sh
             base.module.generation_config.to_json_file(temporary / "generation_config.json")
         _copy_code(config, Path(base.module.config.name_or_path), temporary)
         base.tokenizer.save_pretrained(str(temporary))
+        copy_processor(Path(base.module.config.name_or_path), temporary)
         _write_weights(tensors, temporary, max_shard_size)
         record = {"base": base.identity.to_dict(), "quantization": base.quantized.record()}
         write_json(temporary / "veneer.json", record | {"veneer_version": __version__})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from veneer.errors import ModelError
@@ -60,6 +60,22 @@ class _Collector(logging.Handler):
         self.messages.append(record.getMessage())
 
 
+def model_family(config: Any) -> Any:
+    """transformers' family of classes that a configuration's model is read with.
+
+    A model that reads images too keeps its vision tower: it is read with the class that its files were written by,
+    where transformers has one for its language model alone as well.
+    """
+    kind = type(config)
+    whole, causal = (family._model_mapping for family in (AutoModelForImageTextToText, AutoModelForCausalLM))
+    if kind not in whole:
+        return AutoModelForCausalLM
+    written_by = (getattr(config, "architectures", None) or [""])[0]
+    if kind in causal and written_by != whole[kind].__name__:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
 def load_module(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder, on the CPU: every tensor of the files used, every parameter filled.
 
@@ -68,7 +84,7 @@ def load_module(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote_c
     """
     with quiet():
         try:
-            module, report = AutoModelForCausalLM.from_pretrained(
+            module, report = model_family(config).from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype,

@@ -22,6 +22,7 @@ from veneer.adapters.precision import Precision, precision_of
 from veneer.errors import UsageError, did_you_mean
 from veneer.files import atomic_folder, write_json
 from veneer.models import Base, load_base
+from veneer.models.processor import copy_processor
 from veneer.models.quantized_config import declared_config
 from veneer.models.source import find
 from veneer.models.strict import quiet
@@ -198,6 +199,7 @@ def _fold(
         return drift(kept, merged, probe)
     with quiet():
         merged.save_pretrained(str(folder))
+    copy_processor(Path(merged.name_or_path), folder)
     del merged
     before = base.tokenizer.chat_template
     try:
