@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -90,9 +91,7 @@ def test_gradients_are_those_of_the_paper_with_the_norm_held_constant():
 @pytest.mark.parametrize("optimizer", ["flat", "torch"])
 def test_the_norm_is_computed_once_per_optimizer_step_and_not_in_evaluation(optimizer, llama, ids, monkeypatch):
     adapted = attach(llama(), CONFIG, seed=0)
-    calls = []
-    original = dora._row_norm
-    monkeypatch.setattr(dora, "_row_norm", lambda *args: (calls.append(1), original(*args))[1])
+    calls = counted(monkeypatch)
     count = len(layers(adapted.module))
     flat = FlatAdamW(adapted.named_parameters())
     step = flat if optimizer == "flat" else torch.optim.AdamW(adapted.parameters(), lr=0.01)
@@ -112,6 +111,133 @@ def test_the_norm_is_computed_once_per_optimizer_step_and_not_in_evaluation(opti
         torch.testing.assert_close(
             dora.row_norm(layer.adapters["default"], layer).double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0
         )
+
+
+def counted(monkeypatch) -> list[int]:
+    """Grows by one with every norm that is computed."""
+    calls: list[int] = []
+    original = dora._row_norm
+    monkeypatch.setattr(dora, "_row_norm", lambda *args: (calls.append(1), original(*args))[1])
+    return calls
+
+
+def data_step(parameters) -> None:
+    """An optimizer that nobody knows of: it writes around autograd."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.data.add_(parameter.grad, alpha=-0.3)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1).step,
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True).step,
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True).step,
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.3, fused=True).step,
+    "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True).step,
+    ".data": lambda p: lambda: data_step(p),
+}
+
+
+@pytest.mark.parametrize("read_at_once", [True, False], ids=["cpu", "as on an accelerator"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_in_a_loop_of_ones_own_the_norm_follows_every_optimizer(optimizer, read_at_once, monkeypatch):
+    monkeypatch.setattr(dora, "_is_read_at_once", lambda device: read_at_once)
+    torch.manual_seed(0)
+    adapted = attach(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7, bias=False)), CONFIG, seed=0)
+    x = torch.randn(5, 12)
+    step = OPTIMIZERS[optimizer](adapted.parameters())
+    stale = [dora.row_norm(layer.adapters["default"], layer) for layer in layers(adapted.module)]
+    for _ in range(2):
+        adapted.module(x).square().sum().backward()
+        step()
+        out = x
+        for layer, old in zip(layers(adapted.module), stale):
+            norm = dense(layer).norm(dim=1)
+            g = layer.adapters["default"].magnitude.double() / norm
+            out = g * (out.double() @ dense(layer).t())
+            out = out if layer.bias is None else out + layer.bias
+            assert ((old - norm) / norm).abs().max() > 1e-2, "a stale norm would not show"
+        torch.testing.assert_close(adapted.module(x).double(), out, rtol=1e-5, atol=1e-5)
+
+
+def test_writes_between_two_evaluations_are_seen(llama, ids, run, monkeypatch):
+    adapted, other = (attach(llama(), CONFIG, seed=seed) for seed in (0, 1))
+    stir(other, 0.5)
+    expected, calls = run(other.module, ids), counted(monkeypatch)
+    start = {key: tensor.clone() for key, tensor in adapted.module.state_dict().items()}
+    writes = {
+        "data": lambda: [p.data.copy_(q) for p, q in zip(adapted.parameters(), other.parameters())],
+        "state dict": lambda: adapted.module.load_state_dict(other.module.state_dict()),
+        "assigned": lambda: adapted.module.load_state_dict(copy.deepcopy(other.module.state_dict()), assign=True),
+        "load_state": lambda: adapted.load_state(other.state()),
+    }
+    for name, write in writes.items():
+        assert (run(adapted.module, ids) - expected).abs().max() > 1e-2
+        write()
+        torch.testing.assert_close(run(adapted.module, ids), expected, rtol=0, atol=1e-5, msg=name)
+        adapted.module.load_state_dict(start)
+        run(adapted.module, ids)
+    calls.clear()
+    for _ in range(3):
+        run(adapted.module, ids)
+    assert not calls
+
+
+def test_one_number_that_changes_its_sign_is_seen():
+    adapted = attach(nn.Sequential(nn.Linear(300, 200)), CONFIG, seed=0)
+    stir(adapted)
+    (layer,) = layers(adapted.module)
+    adapter = layer.adapters["default"]
+    for write in (
+        lambda: adapter.A.data.neg_(),
+        lambda: adapter.B.data[3, 1:2].neg_(),
+        lambda: adapter.A.data.copy_(adapter.A.data.flip(1)),
+        lambda: setattr(adapter.B, "data", adapter.B.data * 1.001),
+    ):
+        before = dora.row_norm(adapter, layer).double()
+        write()
+        norm = dense(layer).norm(dim=1)
+        assert (before - norm).abs().max() > 1e-4
+        torch.testing.assert_close(dora.row_norm(adapter, layer).double(), norm, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_on_an_accelerator_a_backward_costs_a_norm_unless_writes_are_counted(counts, llama, ids, monkeypatch):
+    monkeypatch.setattr(dora, "_is_read_at_once", lambda device: False)
+    adapted, calls = attach(llama(), CONFIG, seed=0), counted(monkeypatch)
+    count = len(layers(adapted.module))
+    with dora.writes_are_counted() if counts else contextlib.nullcontext():
+        for _ in range(3):  # micro-batches
+            adapted.module(ids).logits.square().mean().backward()
+        assert len(calls) == (0 if counts else 2 * count)
+    calls.clear()
+    adapted.module.train()
+    adapted.module(ids)
+    adapted.module(ids)
+    assert len(calls) == count  # once for the other mode
+
+
+def test_under_autocast_the_norm_is_that_of_float32():
+    torch.manual_seed(0)
+    adapted = attach(nn.Sequential(nn.Linear(64, 48)), CONFIG, seed=0)
+    stir(adapted)
+    (layer,) = layers(adapted.module)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted.module(torch.randn(3, 64))
+        norm = dora.row_norm(layer.adapters["default"], layer)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0)
+
+
+def test_a_norm_first_computed_in_inference_mode_serves_training():
+    adapted = attach(nn.Sequential(nn.Linear(6, 5)), CONFIG, seed=0)
+    stir(adapted)
+    x = torch.randn(3, 6)
+    with torch.inference_mode():
+        expected = adapted.module(x)
+    got = adapted.module(x)
+    torch.testing.assert_close(got, expected.clone())
+    got.sum().backward()
 
 
 def test_under_dropout_the_base_sees_the_whole_input_once(monkeypatch):

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from veneer.adapters.dora import writes_are_counted
 from veneer.data.dataset import TokenDataset
 from veneer.data.pack import Batch
 from veneer.errors import TrainError
@@ -112,7 +113,7 @@ def train_loop(t: Trainer) -> bool:
     if state.step == 0:
         state.evaluation_due = t.evaluate is not None
     t.module.train()
-    with neftune(t.module, plan.neftune_noise_alpha, plan.seed) as prepare_noise:
+    with neftune(t.module, plan.neftune_noise_alpha, plan.seed) as prepare_noise, writes_are_counted():
         while True:
             improved = False
             if state.evaluation_due and not stopping:
