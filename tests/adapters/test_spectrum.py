@@ -220,9 +220,64 @@ def test_a_stack_of_experts_is_one_update_for_each_with_rows_and_columns_as_in_t
     found = updates(config, tensors, where="file")
     # PEFT's own formula for the update of expert e.
     dense = torch.einsum("ore,eri->eoi", B.view(out, r, E), A.view(E, r, width))
-    assert [update.name for update in found] == ["experts[0]", "experts[1]", "experts[2]"]
+    assert [update.name for update in found] == [f"experts.down_proj[{e}]" for e in range(E)]
     for update, expected in zip(found, dense):
         torch.testing.assert_close(update.scaling * update.B @ update.A, expected)
+
+
+def stacks_of(module, up=2, down=2, E=3):
+    """The two stacks of a module as PEFT nests them: the first parameter lies deeper."""
+    return {
+        **file_of(f"{module}.base_layer", r=E * up),
+        **file_of(module, r=E * down),
+    }
+
+
+@pytest.mark.parametrize(
+    "entries", [["gate_up_proj", "down_proj"], ["mlp.experts.down_proj", "experts.gate_up_proj"]], ids=str
+)
+def test_the_depth_in_the_file_names_the_stack_and_patterns_for_it_decide(entries):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q"], target_parameters=entries,
+        rank_pattern={"down_proj": 2, r"1\.mlp\.experts\.gate_up_proj": 1}, alpha_pattern={"gate_up_proj": 2},
+    )  # fmt: skip
+    tensors = stacks_of("0.mlp.experts", up=4) | stacks_of("1.mlp.experts", up=1) | file_of("0.q", r=4)
+    found = updates(config, tensors, where="file")
+    strengths = {update.path: (update.r, update.scaling) for update in found}
+    assert strengths == {
+        "0.mlp.experts.gate_up_proj": (4, 0.5),
+        "0.mlp.experts.down_proj": (2, 4.0),
+        "1.mlp.experts.gate_up_proj": (1, 2.0),
+        "1.mlp.experts.down_proj": (2, 4.0),
+        "0.q": (4, 2.0),
+    }
+    assert [update.expert for update in found if update.path == "0.mlp.experts.down_proj"] == [0, 1, 2]
+    deep = next(update for update in found if update.path == "0.mlp.experts.gate_up_proj")
+    assert deep.keys[0] == f"{PREFIX}0.mlp.experts.base_layer.lora_A.weight"
+
+
+def test_a_linear_beside_experts_is_one_update_whatever_its_rank():
+    settings = {"r": 4, "lora_alpha": 4, "target_parameters": ["gate_up_proj", "down_proj"]}
+    tensors = stacks_of("mlp.experts", 4, 4) | file_of("mlp.gate", r=1)
+    for targets in (["gate"], "all-linear"):
+        config = LoraConfig(target_modules=targets, rank_pattern={r"mlp\.gate": 1}, **settings)
+        found = {update.name: update for update in updates(config, tensors, where="file")}
+        assert found["mlp.gate"].r == 1
+        assert len(found) == 7
+
+
+def test_stacks_that_the_file_does_not_tell_apart_keep_their_place_unless_their_ranks_differ():
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    tensors = file_of("experts", r=6)  # one of two
+    assert {update.path for update in updates(LoraConfig(**settings), tensors, where="file")} == {"experts"}
+    with pytest.raises(AdapterError, match=r"one of experts\.down_proj, experts\.gate_up_proj, and their ranks differ"):
+        updates(LoraConfig(**settings, rank_pattern={"down_proj": 3}), tensors, where="file")
+
+
+def test_stacks_of_one_module_with_other_numbers_of_experts_are_refused():
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    with pytest.raises(AdapterError, match="no update of rank 4 for each of 3 experts"):
+        updates(config, stacks_of("experts", up=4, down=8), where="file")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +285,7 @@ def test_a_stack_of_experts_is_one_update_for_each_with_rows_and_columns_as_in_t
     [
         (lambda t: t[f"{PREFIX}q.lora_A.weight"].fill_(math.nan), r"q\.lora_A\.weight' has NaN or Inf"),
         (lambda t: t.pop(f"{PREFIX}q.lora_B.weight"), "'q' has one factor of two"),
+        (lambda t: t.update({f"{PREFIX}q.lora_A.weight": torch.ones(2, 8, 1)}), "they should be matrices"),
         (lambda t: t.update(file_of("q", r=3)), r"\[3, 8\] and \[6, 3\]: no update of rank 2"),
     ],
 )

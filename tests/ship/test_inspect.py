@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -109,6 +110,46 @@ def test_dora_and_embeddings_are_looked_into(wide_base: Path, tmp_path: Path) ->
     assert layers["embed_tokens"].depth is None
     assert layers["embed_tokens"].base is not None
     assert layers["embed_tokens"].base.cosines == ()
+
+
+@pytest.mark.parametrize(("experts", "quantize"), [("all", None), ([1], None), ("all", "nf4")])
+def test_each_expert_is_compared_with_its_own_slice_of_the_base(
+    moe_base: Path, tmp_path: Path, experts: Any, quantize: str | None
+) -> None:
+    from veneer.adapters.fused_experts import stack_of
+
+    folder = written(moe_base, tmp_path / "a", quantize, experts=experts)
+    found = inspect_adapter(folder, device="cpu")
+    stacks = {kind: layers for kind, layers in found.kinds.items() if "[" in layers[0].path}
+    assert sorted(stacks) == ["experts.down_proj", "gate_up_proj"]
+    adapted = load_adapter(load_base(moe_base, dtype="float32", device="cpu", quantize=quantize), folder)
+    for layer in (layer for layers in stacks.values() for layer in layers):
+        path, _, rest = layer.path.rpartition(".")
+        stack, expert = rest.removesuffix("]").split("[")
+        slot: Any = adapted.module.get_submodule(path)
+        factors = slot.stacks("default")[stack]
+        at = int(expert) if factors.positions is None else factors.positions[int(expert)]
+        dense = (factors.scaling * factors.B[at] @ factors.A[at]).detach()
+        weight: Any = stack_of(slot.base_layer, stack)
+        weight = (weight if quantize is None else weight.dequantize())[int(expert)].detach().float()
+        assert layer.base is not None
+        assert layer.relative_norm == pytest.approx(float(dense.norm() / weight.norm()), rel=1e-2 if quantize else 1e-4)
+        tuned = torch.linalg.svd((weight + dense).double(), full_matrices=False)[0][:, :10]
+        cosines = (torch.linalg.svd(weight.double(), full_matrices=False)[0].t() @ tuned).abs().amax(0)
+        low, high = int((cosines < 0.4).sum()), int((cosines < 0.6).sum())
+        assert low <= layer.base.new_directions <= high
+    assert len(stacks["gate_up_proj"]) == 2 * (4 if experts == "all" else 1)
+    assert found.notes == ([] if experts == "all" else ["12 of 16 experts have no update: left out"])
+
+
+def test_a_classifier_is_looked_into(wide_base: Path, tmp_path: Path) -> None:
+    loaded = load_base(wide_base, dtype="float32", device="cpu", labels=["no", "yes"])
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["score"])
+    folder = attach(loaded, dataclasses.replace(config, task_type="SEQ_CLS"), seed=0).save(tmp_path / "a")
+    found = inspect_adapter(folder, device="cpu")
+    assert [layer.kind for layer in found.layers] == ["q_proj", "q_proj"]
+    assert all(layer.base is not None for layer in found.layers)
+    assert sum(found.others.values()) == 2 * 64
 
 
 def test_a_run_is_looked_into_through_its_adapter(lora_run: Path) -> None:

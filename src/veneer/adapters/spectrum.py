@@ -15,27 +15,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.adapters.config import LoraConfig
+from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.dora import KEY as MAGNITUDE
+from veneer.adapters.fused_experts import EXPERT_WEIGHTS
 from veneer.adapters.model import KEY_PREFIX
-from veneer.adapters.targets import pattern_for
+from veneer.adapters.targets import pattern_for, target_matches
 from veneer.errors import AdapterError
 
 # The ends of the keys of two factors, by the kind of layer.
 _FACTORS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
+_NESTED = ".base_layer"  # once for each stack of the same module that lies above; see expert_files
 
 
 @dataclass(frozen=True)
 class Update:
     """What an adapter adds to one weight, ``scaling * B A``; an embedding's is that of its transposed matrix."""
 
-    path: str  # of the layer in the base
+    path: str  # of the layer in the base; of an expert's, of the stack that it is in: layers.0.mlp.experts.down_proj
     kind: str  # "linear" or "embedding"
     A: Tensor  # [r, in]
     B: Tensor  # [out, r]
     scaling: float
     magnitude: Tensor | None = None  # [out], DoRA's m: the row norms of the adapted weight
     expert: int | None = None  # in a stack of experts, which share their two tensors in the file
+    stored: str | None = None  # where it stands in the file, if that is not its path
 
     @property
     def name(self) -> str:
@@ -49,7 +52,8 @@ class Update:
     def keys(self) -> tuple[str, str]:
         """Of A and B in the file."""
         down, up = _FACTORS[self.kind]
-        return f"{KEY_PREFIX}{self.path}.{down}", f"{KEY_PREFIX}{self.path}.{up}"
+        path = self.stored or self.path
+        return f"{KEY_PREFIX}{path}.{down}", f"{KEY_PREFIX}{path}.{up}"
 
 
 class Spectrum(NamedTuple):
@@ -80,27 +84,84 @@ def updates(config: LoraConfig, tensors: Mapping[str, Tensor], *, where: str) ->
             for end in ends:
                 if key.endswith(f".{end}"):
                     kinds[key.removeprefix(KEY_PREFIX).removesuffix(f".{end}")] = kind
+    factors = {path: _pair(tensors, path, kind, where) for path, kind in kinds.items()}
+    stacks = _stacks(config, {path: len(A) for path, (A, _) in factors.items() if kinds[path] == "linear"})
+    counts: dict[str, int] = {}  # of the experts, by module
     found: list[Update] = []
-    for path, kind in kinds.items():
-        A, B = (tensors.get(f"{KEY_PREFIX}{path}.{end}") for end in _FACTORS[kind])
-        if A is None or B is None:
-            fix = "copy the file again, or save the adapter again"
-            raise AdapterError(f"the layer '{path}' has one factor of two", where=where, fix=fix)
-        r, alpha = strength_of(config, path)
-        experts = A.shape[0] // r if config.target_parameters else 1
-        if experts > 1 and config.rank_pattern:
-            what = f"the factors of '{path}' are a stack of experts, and rank_pattern is given: its rank is not known"
-            raise AdapterError(what, where=where, fix="use an adapter with one rank for all its layers")
-        if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == r * experts:
+    for path, (A, B) in factors.items():
+        names = stacks.get(path, (path,))
+        strengths = {strength_of(config, name) for name in names}
+        if len(strengths) > 1:
+            what = f"the factors of '{path}' are those of one of {', '.join(names)}, and their ranks differ"
+            raise AdapterError(what, where=where, fix="use an adapter with one rank for all its stacks of experts")
+        r, alpha = strengths.pop()
+        count = counts.setdefault(_module_of(path), max(1, len(A) // r)) if path in stacks else 1
+        if not len(A) == B.shape[1] == r * count:
             what = f"the factors of '{path}' are {list(A.shape)} and {list(B.shape)}: no update of rank {r}"
+            what += f" for each of {count} experts" if path in stacks else ""
             raise AdapterError(what, where=where, fix="give r and rank_pattern in adapter_config.json as trained")
         scaling = config.scaling(r, alpha)
-        if experts == 1:
-            found.append(Update(path, kind, A, B, scaling, tensors.get(f"{KEY_PREFIX}{path}.{MAGNITUDE}")))
+        if path not in stacks:
+            magnitude = tensors.get(f"{KEY_PREFIX}{path}.{MAGNITUDE}")
+            found.append(Update(path, kinds[path], A, B, scaling, magnitude))
             continue
-        stack = A.view(experts, r, -1), B.view(-1, r, experts).permute(2, 0, 1)
-        found += [Update(path, kind, a, b, scaling, expert=index) for index, (a, b) in enumerate(zip(*stack))]
+        own = names[0] if len(names) == 1 else path
+        stack = A.view(count, r, -1), B.view(-1, r, count).permute(2, 0, 1)
+        found += [Update(own, "linear", a, b, scaling, None, index, path) for index, (a, b) in enumerate(zip(*stack))]
     return found
+
+
+def _pair(tensors: Mapping[str, Tensor], path: str, kind: str, where: str) -> tuple[Tensor, Tensor]:
+    """The two factors at ``path``, both of them matrices."""
+    A, B = (tensors.get(f"{KEY_PREFIX}{path}.{end}") for end in _FACTORS[kind])
+    if A is None or B is None:
+        fix = "copy the file again, or save the adapter again"
+        raise AdapterError(f"the layer '{path}' has one factor of two", where=where, fix=fix)
+    if A.ndim != 2 or B.ndim != 2:
+        what = f"the factors of '{path}' are {list(A.shape)} and {list(B.shape)}: they should be matrices"
+        raise AdapterError(what, where=where, fix="factors of convolutions are not available here")
+    return A, B
+
+
+def _stacks(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Which of the places in a file hold stacks of experts, and of which parameter; all that it may be, where unclear.
+
+    Args:
+        rows: of A, by place.
+    """
+    places_of: dict[str, list[str]] = {}
+    for place in rows:
+        module = _module_of(place)
+        if config.target_modules == ALL_LINEAR:  # PEFT and we write names instead: told by the shape
+            is_linear = rows[place] == strength_of(config, place)[0]
+        else:
+            is_linear = target_matches(config, config.target_modules, place)
+        if _parameters_of(config, module) and (place != module or not is_linear):
+            places_of.setdefault(module, []).append(place)
+    found: dict[str, tuple[str, ...]] = {}
+    for module, places in places_of.items():
+        names = _parameters_of(config, module)
+        places.sort(key=len, reverse=True)  # the deepest is that of the parameter that is registered first
+        is_known = len(names) == 1 or set(names) <= set(EXPERT_WEIGHTS)
+        if len(places) == len(names) and is_known:
+            names.sort(key=(*EXPERT_WEIGHTS, *names).index)
+            found |= {place: (f"{module}.{name}",) for place, name in zip(places, names)}
+        else:
+            found |= {place: tuple(f"{module}.{name}" for name in names) for place in places}
+    return found
+
+
+def _module_of(place: str) -> str:
+    while place.endswith(_NESTED):
+        place = place.removesuffix(_NESTED)
+    return place
+
+
+def _parameters_of(config: LoraConfig, module: str) -> list[str]:
+    """The parameters of a module that ``target_parameters`` names; it may not have all of them."""
+    split = (entry.rpartition(".") for entry in config.target_parameters or ())
+    names = {name for parent, _, name in split if not parent or f".{module}".endswith(f".{parent}")}
+    return sorted(names)
 
 
 def strength_of(config: LoraConfig, path: str) -> tuple[int, float]:

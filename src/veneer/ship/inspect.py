@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraEmbedding, LoraLinear, read_adapter
 from veneer.adapters.directions import LOOKED_AT, AgainstBase, against_base
+from veneer.adapters.experts import LoraExperts
+from veneer.adapters.fused_experts import stack_names, stack_of
 from veneer.adapters.save import WEIGHTS
 from veneer.adapters.slots import slots
 from veneer.adapters.spectrum import (
@@ -28,7 +30,7 @@ from veneer.adapters.spectrum import (
 )
 from veneer.errors import AdapterError, ModelError, UsageError, VeneerError
 from veneer.kernels.matmul import as_tensor
-from veneer.run import is_run, load_model, open_run, recorded_base
+from veneer.run import is_classifier, is_run, load_classifier, load_model, open_run, recorded_base
 
 USED_ENERGY = 0.99  # of the squared singular values: the directions that an update uses
 MOST_LAYERS = 0.9  # of the layers have to do with what is advised
@@ -196,9 +198,12 @@ def inspect_adapter(
         # PEFT's file has room for every expert: those that were not chosen are zero.
         notes.append(f"{len(idle)} of {sum(u.expert is not None for u in found)} experts have no update: left out")
         found = [update for update in found if not any(update is other for other in idle)]
-    if any(update.expert is not None for update in found) and adapted is not None:
-        notes.append("experts are not compared with the base")
     against = _compare(adapted, found, directions, progress) if adapted is not None else {}
+    if adapted is not None and len(against) < len(found):
+        apart = [update.name for update in found if update.name not in against]
+        notes.append(
+            f"{len(apart)} of {len(found)} updates have no weight in the base to compare with: {apart[0]}, ..."
+        )
     if any(update.magnitude is not None for update in found):
         notes.append("DoRA: the spectra are those of s B A; norms against the base's hold the change of magnitude too")
     factor_keys = {key for update in found for key in update.keys}
@@ -226,7 +231,7 @@ def _unnamed_base(folder: Path) -> VeneerError | None:
 def _load(spec: str | Path, **options: Any) -> tuple[AdaptedModel | None, VeneerError | None]:
     """Base and adapter, or why the base cannot be loaded; an adapter that does not fit it is an error."""
     try:
-        loaded = load_model(spec, **options)
+        loaded = load_classifier(spec, **options) if is_classifier(spec) else load_model(spec, **options)
     except ModelError as error:
         return None, error
     assert isinstance(loaded, AdaptedModel)
@@ -236,17 +241,28 @@ def _load(spec: str | Path, **options: Any) -> tuple[AdaptedModel | None, Veneer
 def _compare(
     adapted: AdaptedModel, found: Sequence[Update], directions: int, progress: Progress | None
 ) -> dict[str, AgainstBase]:
-    """By the update's name, where its layer is a matrix of the base."""
-    layers: dict[str, LoraLinear | LoraEmbedding] = {
-        path: slot for path, slot in slots(adapted.module) if isinstance(slot, LoraLinear | LoraEmbedding)
-    }
+    """By the update's name, where its layer is a matrix of the base, or its stack one of experts."""
+    layers: dict[str, LoraLinear | LoraEmbedding] = {}
+    stacks: dict[str, tuple[nn.Module, str]] = {}
+    for path, slot in slots(adapted.module):
+        if isinstance(slot, LoraLinear | LoraEmbedding):
+            layers[path] = slot
+        elif isinstance(slot, LoraExperts):
+            stacks |= {f"{path}.{name}": (slot.base_layer, name) for name in stack_names(slot.base_layer)}
     results: dict[str, AgainstBase] = {}
+    decoded: tuple[str, Tensor] | None = None  # a stack's updates follow one another
     for number, update in enumerate(found, start=1):
-        layer = layers.get(update.path)
-        if layer is not None and update.expert is None:
+        layer, weight = layers.get(update.path), None
+        if layer is not None:
+            weight = _weight(layer)
+        elif update.expert is not None and update.path in stacks:
+            if decoded is None or decoded[0] != update.path:
+                decoded = update.path, as_tensor(stack_of(*stacks[update.path])).detach()
+            weight = decoded[1][update.expert].float()
+        if weight is not None:
             # The definition of new directions is one for linears: an embedding's rows are no outputs of a product.
-            looked_at = directions if isinstance(layer, LoraLinear) else 0
-            results[update.name] = against_base(update, _weight(layer), directions=looked_at)
+            looked_at = 0 if isinstance(layer, LoraEmbedding) else directions
+            results[update.name] = against_base(update, weight, directions=looked_at)
         if progress is not None:
             progress(number, len(found))
     return results
