@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,6 +152,7 @@ def test_a_layer_without_an_update_keeps_one_rank(wide_base: Path, tmp_path: Pat
     assert result.layers[0].error == 0
     after = dense(tmp_path / "new")
     assert [bool(update.any()) for update in after.values()] == [False, True]
+    assert load_file(tmp_path / "new" / "adapter_model.safetensors")[still.replace("_B", "_A")].any()  # it can learn
     assert logits(wide_base, tmp_path / "new").isfinite().all()
 
 
@@ -201,15 +203,133 @@ def test_experts_are_cut_one_by_one_and_written_in_pefts_layout(tmp_path: Path) 
     prefix = "base_model.model.layers.0.experts."
     save_file({f"{prefix}lora_A.weight": A, f"{prefix}lora_B.weight": B}, old / "adapter_model.safetensors")
     result = resize_adapter(old, tmp_path / "new", rank=2)
-    assert [layer.path for layer in result.layers] == [f"layers.0.experts[{e}]" for e in range(E)]
+    assert [layer.path for layer in result.layers] == [f"layers.0.experts.down_proj[{e}]" for e in range(E)]
     new = load_file(tmp_path / "new" / "adapter_model.safetensors")
     a, b = new[f"{prefix}lora_A.weight"].view(E, 2, width), new[f"{prefix}lora_B.weight"].view(out, 2, E)
     for e in range(E):
         U, S, Vh = torch.linalg.svd(2.0 * B.view(out, r, E)[:, :, e] @ A.view(E, r, width)[e])
         best = U[:, :2] * S[:2] @ Vh[:2]
         torch.testing.assert_close(2.0 * b[:, :, e] @ a[e], best, rtol=1e-4, atol=1e-4)
-    with pytest.raises(AdapterError, match="one rank in PEFT's file"):
-        resize_adapter(old, tmp_path / "other", energy=0.9)
+
+
+@pytest.mark.parametrize("energy", [None, 0.6])
+@pytest.mark.parametrize("experts", ["all", [1]])
+def test_default_adapters_with_experts_are_cut_and_read_by_peft(
+    experts: Any, energy: float | None, moe_base: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    old = written(moe_base, tmp_path / "old", r=4, experts=experts)
+    assert json.loads((old / "adapter_config.json").read_text())["rank_pattern"]  # the shared expert's gate has rank 1
+    result = resize_adapter(old, tmp_path / "new", rank=None if energy else 2, energy=energy)
+    before, after = by_name(old), by_name(tmp_path / "new")
+    for layer in result.layers:
+        S = torch.linalg.svdvals(before[layer.path])
+        assert layer.error == pytest.approx(
+            float(S[layer.rank :].norm() / S.norm().clamp(min=1e-9)), rel=1e-4, abs=1e-6
+        )
+        assert layer.error <= (1 if energy is None else math.sqrt(1 - energy))
+        torch.testing.assert_close(
+            (before[layer.path] - after[layer.path]).norm(), S[layer.rank :].norm(), rtol=1e-4, atol=1e-5
+        )
+    stack = [layer.rank for layer in result.layers if layer.path.startswith("model.layers.0.mlp.experts.gate_up")]
+    assert len(stack) == 4
+    assert len(set(stack)) == 1
+    base = AutoModelForCausalLM.from_pretrained(moe_base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "new")).eval()
+    ours = logits(moe_base, tmp_path / "new")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids()).logits, ours, rtol=1e-4, atol=2e-4)
+
+
+def by_name(folder: Path) -> dict[str, Tensor]:
+    found = updates(*read_adapter(folder), where="")
+    return {update.name: update.scaling * update.B.double() @ update.A.double() for update in found}
+
+
+def test_pefts_adalora_becomes_a_plain_lora_that_both_read(wide_base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32)
+    config = peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, lora_alpha=12, target_modules=QV)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(base, config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name and parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator))
+        theirs.save_pretrained(str(tmp_path / "old"))
+        resize_adapter(tmp_path / "old", tmp_path / "new", rank=2)
+        data = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+        assert (data["peft_type"], "init_r" in data, data["target_modules"]) == ("LORA", False, sorted(QV))
+        base = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32)
+        again = peft.PeftModel.from_pretrained(base, str(tmp_path / "new")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids()).logits, logits(wide_base, tmp_path / "new"), rtol=1e-4, atol=5e-5)
+    assert resize_adapter(tmp_path / "old", tmp_path / "all", rank=6).error < 1e-6
+
+
+def test_what_would_be_read_as_another_adapter_is_not_written(
+    wide_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = written(wide_base, tmp_path / "old", target_modules=QV)
+    kept = json.loads((old / "adapter_config.json").read_text())  # with the ranks that were
+    monkeypatch.setattr("veneer.ship.resize._file_config", lambda *_: kept | {"lora_alpha": 3})
+    with pytest.raises(AdapterError, match="would be read as another one"):
+        resize_adapter(old, tmp_path / "new", rank=8)
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_that_were_added_keep_their_tokenizer(wide_base: Path, tmp_path: Path) -> None:
+    loaded = load_base(wide_base, dtype="float32", device="cpu")
+    loaded.add_tokens(["<item>", "<order>"])
+    config = LoraConfig(r=8, init_lora_weights=False, target_modules=QV, trainable_token_indices=[300, 301])
+    old = attach(loaded, config, seed=0).save(tmp_path / "old")
+    resize_adapter(old, tmp_path / "new", rank=2)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in old.iterdir()}
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "new" / name).read_bytes() == (old / name).read_bytes()
+    adapted = load_adapter(load_base(wide_base, dtype="float32", device="cpu"), tmp_path / "new")
+    assert adapted.base.tokenizer.encode("<order>") == [301]  # type: ignore[union-attr]
+    resize_adapter(old, tmp_path / "new", rank=3, overwrite=True)
+
+
+def test_other_rows_are_read_under_the_columns_of_the_run(lora_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["columns"] = {"prompt": "frage", "completion": "antwort"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"frage": f"spell {n}", "antwort": str(n)} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = resize_adapter(run, tmp_path / "new", rank=2, data=str(tmp_path / "rows.jsonl"))
+    assert result.before is not None
+    assert len(result.before.rows) == 3
+
+
+def test_a_classifier_is_measured_by_its_accuracy(wide_base: Path, tmp_path: Path) -> None:
+    loaded = load_base(wide_base, dtype="float32", device="cpu", labels=["no", "yes"])
+    config = LoraConfig(r=8, init_lora_weights=False, target_modules=QV, modules_to_save=["score"], task_type="SEQ_CLS")
+    old = attach(loaded, config, seed=0).save(tmp_path / "old", extra={"labels": ["no", "yes"], "majority": "no"})
+    rows = [{"text": f"is {n} even?", "label": ("yes", "no")[n % 2]} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = resize_adapter(old, tmp_path / "new", rank=2, data=str(tmp_path / "rows.jsonl"))
+    assert {"accuracy", "macro_f1"} <= result.metrics().keys()
+    with pytest.raises(UsageError, match="'perplexity' is no metric of a classifier"):
+        resize_adapter(old, tmp_path / "other", rank=2, metrics=["perplexity"])
+
+
+def test_without_rows_it_is_said_that_nothing_was_measured(lora_run: Path, tmp_path: Path) -> None:
+    assert resize_adapter(lora_run / "adapter", tmp_path / "new", rank=2).notes == [
+        "not measured: no held-out rows are named (--data FILE)"
+    ]
+    assert resize_adapter(lora_run / "adapter", tmp_path / "quiet", rank=2, measure=False).notes == []
 
 
 def test_the_held_out_metric_is_that_of_both_adapters(lora_run: Path, tmp_path: Path) -> None:

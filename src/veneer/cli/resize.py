@@ -31,8 +31,14 @@ def resize(
         str | None, typer.Option(help="Held-out rows to measure before and after on. Of a run, by default its own.")
     ] = None,
     metrics: Annotated[
-        str, typer.Option("--metrics", "-m", help="What is measured: names as in veneer eval, with commas.")
-    ] = "perplexity",
+        str | None,
+        typer.Option(
+            "--metrics",
+            "-m",
+            help="What is measured: names as in veneer eval, with commas.  [default: perplexity; a classifier's own]",
+            show_default=False,
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure before and after.")] = True,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Measure on a sample of so many rows.")] = None,
     batch_size: BatchSize = 64,
@@ -51,6 +57,7 @@ def resize(
     """
     from veneer.cli.output import console, print_json, short_path, stdout_reserved
     from veneer.cli.progress import Counter
+    from veneer.run import is_classifier
 
     with stdout_reserved(json):
         from veneer.ship import resize_adapter
@@ -61,7 +68,7 @@ def resize(
             rank=rank,
             energy=energy,
             data=data,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
             measure=measure,
             max_rows=max_rows,
             batch_size=batch_size,
@@ -89,7 +96,8 @@ def resize(
         print(f"note: {note}")
     folder = short_path(resized.folder)
     print(f"adapter: {folder}")
-    print(f"next:    veneer eval {shlex.quote(folder)} --data FILE --metrics perplexity")
+    metric = "" if is_classifier(resized.folder) else " --metrics perplexity"
+    print(f"next:    veneer eval {shlex.quote(folder)} --data FILE{metric}")
 
 
 def _table(resized: ResizedAdapter) -> Table:

@@ -10,8 +10,10 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from veneer import __version__
 from veneer.adapters import AdaptedModel, LoraConfig, load_adapter, read_adapter, read_record
+from veneer.adapters.adalora import as_plain, is_adalora
+from veneer.adapters.new_tokens import TOKENIZER_FILES
 from veneer.adapters.ranks import with_ranks
-from veneer.adapters.save import CONFIG, RECORD, WEIGHTS
+from veneer.adapters.save import CONFIG, RECORD, TRAINING, WEIGHTS
 from veneer.adapters.spectrum import (
     Update,
     directions_for,
@@ -35,15 +39,26 @@ from veneer.adapters.spectrum import (
 )
 from veneer.adapters.targets import LoraTarget, Plan
 from veneer.data import Rows
+from veneer.data.labelled import FORMAT as LABELLED
 from veneer.data.read import Source, read
 from veneer.errors import AdapterError, UsageError, VeneerError
 from veneer.evaluate import Evaluation, evaluate
-from veneer.evaluate.measure import Progress
+from veneer.evaluate.classify import evaluate_classes
+from veneer.evaluate.measure import PERPLEXITY, Progress
 from veneer.files import atomic_folder, write_json
-from veneer.run import held_out_rows, is_run, load_model, open_run
+from veneer.recipe.schema import CLASS_METRICS
+from veneer.run import (
+    classifier_notes,
+    held_out_rows,
+    is_classifier,
+    is_run,
+    load_classifier,
+    load_model,
+    open_run,
+)
 from veneer.ship.inspect import adapter_folder, in_order
 
-_REPLACEABLE = {CONFIG, WEIGHTS, RECORD, "README.md", "inspect.png"}
+_REPLACEABLE = {CONFIG, WEIGHTS, RECORD, TRAINING, "README.md", "inspect.png", *TOKENIZER_FILES}
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ def resize_adapter(
     rank: int | None = None,
     energy: float | None = None,
     data: Rows | Source | None = None,
-    metrics: Sequence[str] = ("perplexity",),
+    metrics: Sequence[str] | None = None,
     measure: bool = True,
     max_rows: int | None = None,
     batch_size: int = 64,
@@ -133,9 +148,11 @@ def resize_adapter(
         output: the folder to write.
         rank: of every layer; one that has no more than that keeps what it has.
         energy: instead of a rank: each layer keeps as many directions as hold this share of its squared singular
-            values, so that its error is at most ``sqrt(1 - energy)``.
-        data: held-out rows to measure both adapters on; of a run, by default its own.
-        metrics: what is measured, by the names that ``veneer.evaluate`` knows.
+            values, so that its error is at most ``sqrt(1 - energy)``; a stack of experts, which has one rank in the
+            file, as many as the most demanding of them.
+        data: held-out rows to measure both adapters on, read as the run's recipe says; of a run, by default its own.
+        metrics: what is measured, by the names that ``veneer.evaluate`` knows; by default the perplexity. A classifier
+            has accuracy and F1.
         measure: False leaves the measurement out, and the base is not loaded.
         max_rows: measure on a sample of so many rows.
         batch_size: prompts answered at once.
@@ -144,7 +161,8 @@ def resize_adapter(
         progress: of the measurement, as ``veneer.evaluate`` calls it.
 
     Raises:
-        UsageError: neither or both of rank and energy; a rank above what there is; ``output`` is taken.
+        UsageError: neither or both of rank and energy; a rank above what there is; ``output`` is taken; a metric of
+            texts for a classifier.
         AdapterError: it is no adapter, its tensors hold NaN, it belongs to another base, or nothing can be resized.
         DataError, ModelError: the rows or the base cannot be read.
         StorageError: the folder cannot be written.
@@ -161,24 +179,14 @@ def resize_adapter(
     if rank is not None and rank > most:
         fix = f"--rank {most} or less; a larger rank has to be trained"
         raise UsageError(f"rank {rank} is above the adapter's own {most}: there is nothing to fill it with", fix=fix)
-    if energy is not None and any(update.expert is not None for update in found):
-        what = "stacks of experts have one rank in PEFT's file: they cannot be cut to ranks of their own"
-        raise AdapterError(what, where=str(folder), fix="give --rank instead of --energy")
     rows, notes = _rows(spec, data) if measure else (None, [])
-    run = open_run(spec) if is_run(spec) else None
-    template = run.recipe.data.chat_template if run else None
-
-    def measured(adapted: AdaptedModel) -> Evaluation:
-        assert rows is not None
-        options: dict[str, Any] = {"max_rows": max_rows, "batch_size": batch_size, "chat_template": template}
-        options["progress"] = progress
-        return evaluate(adapted, rows, metrics=metrics, compare=False, **options)
-
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "base": base, "allow_base_mismatch": allow_base_mismatch}
+    measured = _measurement(spec, metrics, max_rows=max_rows, batch_size=batch_size, progress=progress)
     adapted, before, after = None, None, None
     if rows is not None:
-        loaded = load_model(spec, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch)
+        loaded = load_classifier(spec, **where) if is_classifier(spec) else load_model(spec, **where)
         assert isinstance(loaded, AdaptedModel)
-        adapted, before = loaded, measured(loaded)
+        adapted, before = loaded, measured(loaded, rows)
     ranks = _ranks(found, rank, energy)
     changed, _ = with_ranks(config, _plan(config, found), ranks)
     cut, written = _cut(found, ranks, changed)
@@ -190,11 +198,14 @@ def resize_adapter(
         save_file(written, temporary / WEIGHTS, metadata={"format": "pt"})
         # safetensors creates its file for the owner alone, whatever the umask says.
         os.chmod(temporary / WEIGHTS, (temporary / CONFIG).stat().st_mode & 0o777)
+        for name in sorted(TOKENIZER_FILES & set(os.listdir(folder))):  # of a base that tokens were added to
+            shutil.copyfile(folder / name, temporary / name)
         record = read_record(folder)
         write_json(temporary / RECORD, record)
-        if adapted is not None:
+        _check_written(temporary, cut)
+        if adapted is not None and rows is not None:
             load_adapter(adapted, temporary, name="resized", allow_base_mismatch=allow_base_mismatch)
-            after = measured(adapted)
+            after = measured(adapted, rows)
         layers = sorted((_compared(*pair) for pair in zip(found, cut)), key=lambda layer: in_order(layer.path))
         result = ResizedAdapter(target, layers, _count(tensors), _count(written), before, after, notes)
         asked = {"rank": rank, "energy": energy, "adapter": str(folder.absolute())}
@@ -226,18 +237,39 @@ def _check_output(target: Path, overwrite: bool) -> None:
 
 
 def _rows(spec: str | Path, data: Rows | Source | None) -> tuple[Rows | None, list[str]]:
-    """The rows to measure on, or why a run's own cannot be read: an adapter can be cut when they are gone."""
+    """The rows to measure on, or why there are none: an adapter can be cut when a run's own are gone."""
     if isinstance(data, Rows):
         return data, []
+    own = open_run(spec).recipe.data if is_run(spec) else None
     if data is not None:
-        return read(data), []
-    if not is_run(spec):
-        return None, []
+        if own is not None:
+            return read(data, format=own.format, columns=own.columns), []
+        return read(data, format=LABELLED if is_classifier(spec) else "auto"), []
+    if own is None:
+        return None, ["not measured: no held-out rows are named (--data FILE)"]
     try:
-        return held_out_rows(open_run(spec).recipe.data), []
+        rows = held_out_rows(own)
     except VeneerError as error:
         where = f", {error.where}" if error.where else ""
         return None, [f"not measured: the run's held-out rows cannot be used: {error.what}{where}"]
+    return rows, [] if rows is not None else ["not measured: the run held no rows out (--data FILE)"]
+
+
+def _measurement(
+    spec: str | Path, metrics: Sequence[str] | None, **options: Any
+) -> Callable[[AdaptedModel, Rows], Evaluation]:
+    """What measures an adapter of ``spec`` on rows, the same way before and after."""
+    recipe = open_run(spec).recipe if is_run(spec) else None
+    if is_classifier(spec):
+        if wrong := [name for name in metrics or () if name not in CLASS_METRICS]:
+            fix = f"leave the metrics out: a classifier has {' and '.join(CLASS_METRICS)}"
+            raise UsageError(f"'{wrong[0]}' is no metric of a classifier", where="metrics", fix=fix)
+        options |= {"majority": classifier_notes(spec)["majority"]}
+        options |= {"max_length": recipe.train.max_length if recipe else None}
+        return partial(evaluate_classes, **options)
+    options |= {"metrics": metrics or (PERPLEXITY,), "compare": False}
+    options |= {"chat_template": recipe.data.chat_template if recipe else None}
+    return partial(evaluate, **options)
 
 
 def _ranks(found: Sequence[Update], rank: int | None, energy: float | None) -> dict[str, int]:
@@ -245,8 +277,11 @@ def _ranks(found: Sequence[Update], rank: int | None, energy: float | None) -> d
     if energy is None:
         assert rank is not None
         return {update.path: min(rank, update.r) for update in found}
-    values = {update.path: singular_values(update.A, update.B, update.scaling) for update in found}
-    return {path: max(1, directions_for(S, energy)) for path, S in values.items()}
+    ranks: dict[str, int] = {}
+    for update in found:  # a stack of experts has one rank in PEFT's file: what the most demanding expert needs
+        needed = directions_for(singular_values(update.A, update.B, update.scaling), energy)
+        ranks[update.path] = max(1, needed, ranks.get(update.path, 1))
+    return ranks
 
 
 def _plan(config: LoraConfig, found: Sequence[Update]) -> Plan:
@@ -268,7 +303,10 @@ def _cut(
     for update in found:
         r, alpha = strength_of(config, update.path)
         scaling = config.scaling(r, alpha)
-        A, B = factors(spectrum(update.A, update.B, update.scaling), ranks[update.path], scaling)
+        whole = spectrum(update.A, update.B, update.scaling)
+        A, B = factors(whole, ranks[update.path], scaling)
+        if not whole.S.any():
+            A = update.A[: len(A)]  # nothing is learnt from zeros on both sides
         new = dataclasses.replace(update, A=A.to(update.A.dtype), B=B.to(update.B.dtype), scaling=scaling)
         cut.append(new)
         stacks.setdefault(update.keys, []).append(new)
@@ -278,6 +316,20 @@ def _cut(
         # One layer as it is; experts side by side, each rank's together.
         written[key_B] = torch.stack([part.B for part in parts], dim=-1).flatten(1).contiguous()
     return cut, written
+
+
+def _check_written(folder: Path, cut: Sequence[Update]) -> None:
+    """Reads what was written, as everybody will, and holds it to what was meant."""
+    again = {update.name: update for update in updates(*read_adapter(folder), where=str(folder / WEIGHTS))}
+    for update in cut:
+        read_back = again.pop(update.name, None)
+        if (
+            read_back is None
+            or not math.isclose(read_back.scaling, update.scaling, rel_tol=1e-9)
+            or not (torch.equal(read_back.A, update.A) and torch.equal(read_back.B, update.B))
+        ):
+            fix = "nothing was written; please report it with the adapter's adapter_config.json"
+            raise AdapterError("the resized adapter would be read as another one", where=update.name, fix=fix)
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:
@@ -290,8 +342,10 @@ def _compared(old: Update, new: Update) -> ResizedLayer:
 
 
 def _file_config(folder: Path, changed: LoraConfig) -> dict[str, Any]:
-    """The file as it was, whoever wrote it, with the new ranks and what keeps the scalings."""
+    """The file as it was, whoever wrote it, with the new ranks and what keeps the scalings; AdaLoRA's as plain LoRA."""
     values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if is_adalora(values):
+        values, _ = as_plain(values, {}, where=str(folder / CONFIG))
     new = changed.to_dict()
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
     return values | {name: new[name] for name in names}
