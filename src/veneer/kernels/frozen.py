@@ -38,8 +38,9 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     Returns:
         ``[..., out]`` in ``x``'s dtype.
     """
-    result: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
-    return result
+    y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
+    # By autograd's own view: what a function returns as a view, nobody may write to.
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def take_over(linear: nn.Module) -> None:
@@ -66,12 +67,10 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        y = sum_of_products(Turned(x.reshape(-1, x.shape[-1]), weight), bias=bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.weight, ctx.shape = weight, x.shape
+        return sum_of_products(Turned(x.reshape(-1, x.shape[-1]), weight), bias=bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = sum_of_products(Plain(dy.reshape(-1, dy.shape[-1]), ctx.weight))
-        return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
+        return sum_of_products(Plain(dy, ctx.weight)).view(ctx.shape), None, None

@@ -32,6 +32,7 @@ from veneer.kernels.lora_linear import (
     row_scale_grads,
     scale_rows,
     scaled,
+    unflattened,
     whole_rank,
 )
 from veneer.kernels.matmul import Plain, Turned, Weight, factor_grad, sum_of_products
@@ -133,9 +134,9 @@ def gated_mlp(
         return result
 
     if not recompute or x.numel() <= TILE * x.shape[-1] or any(drops):
-        return apply(x, Kept.of(x))
+        return unflattened(apply(x, Kept.of(x)), x)
     parts = zip(torch.split(x.reshape(-1, x.shape[-1]), TILE), Kept.of(x).split(TILE))
-    return torch.cat([apply(*part) for part in parts]).view(*x.shape[:-1], down.weight.shape[0])
+    return unflattened(torch.cat([apply(*part) for part in parts]), x)
 
 
 def _projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:
@@ -175,7 +176,8 @@ class _GatedMlp(torch.autograd.Function):
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
         ctx.act, ctx.scalings, ctx.drops, ctx.eps = act, scalings, drops, rows.eps
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.shape = x.shape
+        return y
 
     @staticmethod
     @once_differentiable
@@ -191,8 +193,7 @@ class _GatedMlp(torch.autograd.Function):
             e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, kg)
             g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, ku)
             del x
-        flat = dy.reshape(-1, dy.shape[-1])
-        flat, drd = row_scale_grads(flat, u, kd)
+        flat, drd = row_scale_grads(dy, u, kd)
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         m = _gated(ctx.act, e, g)
         drop, drop_down = ctx.drops
@@ -213,7 +214,7 @@ class _GatedMlp(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sa = torch.cat((scaled(Ag, sg, dy.dtype), scaled(Au, su, dy.dtype)))
             dx = input_grad(Plain(de, wg), Plain(dg, wu), p=pp, sa=sa, drop=drop)
-            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+            dx = dx.view(ctx.shape)
         dAg, dAu = (None, None) if dAA is None else (dAA[:rank].mul_(sg), dAA[rank:].mul_(su))
         grads = (dAg, dBg, dAu, dBu, dAd, dBd)
         masters = (Ag, Bg, Au, Bu, Ad, Bd)

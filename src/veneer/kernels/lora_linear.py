@@ -14,8 +14,8 @@ The backward multiplies the small matrices first and never forms ``dW`` or ``B A
 ``s A`` is rounded once from its master, so that the scaling costs no rounding of its own.
 
 Kept for the backward: ``x`` once, in its own dtype, or what a norm made it from (neither where A is frozen), ``h``, and
-with a row scale ``z``, which without a bias is the output itself; D is made again. A row whose scale is exactly zero
-gets no gradient of it.
+with a row scale ``z``, which without a bias is the output itself (and computed again where that was written over); D is
+made again. A row whose scale is exactly zero gets no gradient of it.
 Names: ``T`` rows (all leading dimensions flattened), ``r`` rank.
 """
 
@@ -83,8 +83,22 @@ def lora_linear(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale, drop)
     A, B = whole_rank(A, B, x.dtype)
-    result: Tensor = _LoraLinear.apply(x, weight, bias, A, B, scaling, row_scale, drop, Kept.of(x))  # type: ignore[no-untyped-call]  # torch's own
-    return result
+    inner = bias if row_scale is None else None
+    y: Tensor = _LoraLinear.apply(x, weight, inner, A, B, scaling, drop, Kept.of(x))  # type: ignore[no-untyped-call]  # torch's own
+    if row_scale is not None:
+        y = _RowScale.apply(y, row_scale)  # type: ignore[no-untyped-call]  # torch's own
+        if y.requires_grad:
+            y.grad_fn.version = y._version  # type: ignore[union-attr]  # its context: what it has kept is not changed
+        y = y if bias is None else y + bias
+    return unflattened(y, x)
+
+
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """``y [T, out]`` in the leading dimensions of ``x [..., in]``.
+
+    Done by autograd's own view and not inside of a function: what a function returns as a view, nobody may write to.
+    """
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def whole_rank(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,30 +190,74 @@ class _LoraLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float,
-        row_scale: Tensor | None,
         drop: Dropout | None,
         kept: Kept,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        sa, b = scaled(A, scaling, x.dtype), B.to(x.dtype)
-        less_one = None if row_scale is None else (row_scale - 1).to(x.dtype)
-        u, h = low_rank_forward(flat, weight, bias if less_one is None else None, sa, b, drop)
-        y = scale_rows(u, less_one, bias)
-        kept_x, z = kept[:2] if ctx.needs_input_grad[3] else (None, None), None if less_one is None else u
-        ctx.save_for_backward(*kept_x, h, A, B, less_one, z)
+        y, h = low_rank_forward(flat, weight, bias, scaled(A, scaling, x.dtype), B.to(x.dtype), drop)
+        kept_x = kept[:2] if ctx.needs_input_grad[3] else (None, None)
+        ctx.save_for_backward(*kept_x, h, A, B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.eps = weight, scaling, drop, kept.eps
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.shape = x.shape
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, norm, h, A, B, less_one, z = ctx.saved_tensors
+        rows, norm, h, A, B = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
         x = None if rows is None else Kept(rows, norm, ctx.eps).again()
-        flat, dg = row_scale_grads(dy.reshape(-1, dy.shape[-1]), z, less_one)
-        p, da, db = low_rank_grads(flat, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
+        p, da, db = low_rank_grads(dy, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = input_grad(Plain(flat, ctx.weight), p=p, sa=scaled(A, ctx.scaling, dy.dtype), drop=ctx.drop)
-            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+            dx = input_grad(Plain(dy, ctx.weight), p=p, sa=scaled(A, ctx.scaling, dy.dtype), drop=ctx.drop)
+            dx = dx.view(ctx.shape)
         da = None if da is None else da.to(A.dtype)
-        return dx, None, None, da, db.to(B.dtype), None, dg, None, None
+        return dx, None, None, da, db.to(B.dtype), None, None, None
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor | None:
+        """The output without a bias, just before the backward; None where x is not kept."""
+        ctx.unpacked = ctx.saved_tensors  # under checkpointing they can be had once
+        rows, norm, h, _, B = ctx.unpacked
+        if rows is None:
+            return None
+        x = Kept(rows, norm, ctx.eps).again()
+        return sum_of_products(Turned(x, ctx.weight), Turned(h, B.to(x.dtype)))
+
+
+class _RowScale(torch.autograd.Function):
+    """``z = g u`` in the place of ``u [T, out]``, the output of a function that can compute it again.
+
+    z is the layer's output where that has no bias, and others may write over it (Llama 4 adds its experts' sum to it).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, row_scale: Tensor) -> Tensor:
+        ctx.less_one = (row_scale - 1).to(u.dtype)
+        ctx.mark_dirty(u.addcmul_(u, ctx.less_one))
+        ctx.save_for_backward(u)
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return row_scale_grads(dy, _scaled_rows(ctx), ctx.less_one)
+
+
+def _scaled_rows(ctx: Any) -> Tensor:
+    """``z``; where somebody has written over it, it is computed again."""
+    error = None
+    try:
+        (z,) = ctx.saved_tensors
+        if z._version == ctx.version:  # under checkpointing nobody else looks
+            return z  # type: ignore[no-any-return]  # torch's contexts are untyped
+    except RuntimeError as found:
+        error = found
+    producer = ctx.next_functions[0][0]
+    u: Tensor | None = None if producer is None else producer._forward_cls.again(producer)
+    if u is None:
+        raise RuntimeError(
+            "the output of an adapted layer with a row scale (DoRA) was changed in place, and the layer's input was "
+            "not kept (LoRA-FA): change the output out of place"
+        ) from error
+    return u.addcmul_(u, ctx.less_one)
