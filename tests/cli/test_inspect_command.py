@@ -36,6 +36,31 @@ def test_inspect_prints_kinds_depth_and_advice_and_draws_a_picture(cli: Cli, own
     assert "inspect.png" in done.out
 
 
+def test_the_depth_says_where_the_change_is_and_sizes_are_written_out() -> None:
+    from veneer.cli.inspect import _depth_line, _percent
+    from veneer.ship import Inspection, LayerReport
+
+    def layers(*depths: int | None) -> list[LayerReport]:
+        return [LayerReport("a", "a", d, 1, 1.0, (1.0,), 1, 1, 1, 1.0, 1.0, 1 / len(depths)) for d in depths]
+
+    line = _depth_line(Inspection(Path("x"), layers(0, 1, 2, 3, None)))
+    assert line.startswith("depth: layer 0 20 %, layer 1 20 %, layers 2 to 3 40 % of the change; most in layer 0")
+    assert line.endswith("; outside of the layers 20 %")
+    alone = _depth_line(Inspection(Path("x"), layers(None)))
+    assert alone == "depth: no update lies in a layer; outside of the layers 100 %"
+    assert [_percent(share) for share in (0.0312, 0.31, 1.0, 3.01)] == ["3.1", "31", "100", "301"]
+
+
+def test_inspect_counts_what_has_no_spectrum(cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
+    from veneer.adapters import LoraConfig, attach
+    from veneer.models import load_base
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["model.norm"], init_lora_weights=False)
+    attach(load_base(tiny_base, dtype="float32", device="cpu"), config, seed=0).save(tmp_path / "a")
+    done = cli("inspect", tmp_path / "a", "--no-picture")
+    assert "beside the updates: 32 numbers in whole modules or rows of tokens" in done.out
+
+
 def test_inspect_shows_every_layer_when_asked_and_needs_no_base(cli: Cli, own_run: Path, tmp_path: Path) -> None:
     done = cli("inspect", own_run / "adapter", "--layers", "--no-base", "--picture", tmp_path / "here.png")
     assert done.code == 0, done.err

@@ -225,6 +225,16 @@ def test_one_layer_in_ten_may_need_more_than_is_advised(tmp_path: Path) -> None:
     assert "try r 12" in Inspection(tmp_path, layers).advice[0]
 
 
+def test_the_advised_command_can_be_typed(tmp_path: Path) -> None:
+    layers = [layer("a", 32, 9)]
+    said = Inspection(tmp_path / "my adapter", layers).advice[0]
+    assert f"veneer resize '{tmp_path}/my adapter' --rank 12 --output 'my adapter-r12' --data FILE" in said
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    said = Inspection(tmp_path / "run" / "adapter", layers).advice[0]
+    assert said.endswith(f"veneer resize {tmp_path}/run --rank 12 --output run-r12")  # a run has rows of its own
+
+
 def test_an_adapter_that_does_nothing_is_told(wide_base: Path, tmp_path: Path) -> None:
     fresh = written(wide_base, tmp_path / "a", init_lora_weights=True)
     found = inspect_adapter(fresh, compare=False)
@@ -238,6 +248,36 @@ def test_a_kind_is_the_shortest_end_of_a_path_that_tells_it_apart() -> None:
     assert list(kinds_of(paths).values()) == [
         "attn.c_proj", "attn.c_proj", "mlp.c_proj", "c_fc", "experts.base_layer", "head",
     ]  # fmt: skip
+
+
+def test_the_picture_takes_embeddings_experts_and_single_directions(
+    moe_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw))[1])
+    targets = ["embed_tokens", "shared_expert_gate", "q_proj"]
+    folder = written(
+        moe_base, tmp_path / "a", target_modules=targets, experts="all", rank_pattern={"shared_expert_gate": 1}
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {key: 20 * value for key, value in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
+    found = inspect_adapter(folder, device="cpu")
+    save_picture(found, tmp_path / "a.png")
+    axes = drawn[0].axes
+    texts = [text.get_text() for ax in axes for text in ax.texts]
+    assert sum("outside of the layers" in text for text in texts) == 2  # the embedding's share and size
+    assert all("\n" in ax.get_ylabel() or len(ax.get_ylabel()) < 20 for ax in axes)
+    kinds = list(found.kinds)
+    experts = axes[3 * kinds.index("gate_up_proj") + 2]
+    numbers = [int(text.get_text()) for text in experts.texts if text.get_text().isdigit()]
+    new = [layer.base.new_directions for layer in found.kinds["gate_up_proj"] if layer.base is not None]
+    assert len(numbers) == 2  # one for each layer
+    assert sum(numbers) == sum(new)
 
 
 def test_the_picture_has_a_row_for_each_kind(found: Inspection, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +72,9 @@ def inspect(
         console().print(_layer_table(found))
     console().print(_kind_table(found))
     print(_depth_line(found))
+    if found.others:
+        numbers = sum(found.others.values())
+        print(f"beside the updates: {numbers:,} numbers in whole modules or rows of tokens, which have no spectrum")
     for line in [*found.advice, *(f"note: {note}" for note in found.notes)]:
         print(line)
     if drawn is not None:
@@ -102,10 +105,10 @@ def _kind_table(found: Inspection) -> Table:
             f"{100 * sum(layer.share for layer in layers):.1f}",
         ]
         if found.base is not None:
-            sizes = [100 * size for layer in layers if (size := layer.relative_norm) is not None]
+            sizes = [size for layer in layers if (size := layer.relative_norm) is not None]
             compared = [layer.base for layer in layers if layer.base is not None and layer.base.cosines]
             new, of = sum(base.new_directions for base in compared), sum(len(base.cosines) for base in compared)
-            cells += [_span(sizes, ".2g") if sizes else "-", f"{new}/{of}" if of else "-"]
+            cells += [_span(sizes, _percent) if sizes else "-", f"{new}/{of}" if of else "-"]
         table.add_row(*cells)
     return table
 
@@ -146,23 +149,40 @@ def _base_cells(layer: LayerReport) -> list[str]:
     if layer.base is None or size is None or largest is None:
         return ["-", "-", "-"]
     new = f"{layer.base.new_directions}/{len(layer.base.cosines)}" if layer.base.cosines else "-"
-    return [f"{100 * size:.2g}", f"{100 * largest:.2g}", new]
+    return [_percent(size), _percent(largest), new]
 
 
-def _span(values: Sequence[float], form: str, ends: str = "") -> str:
+def _span(values: Sequence[float], form: str | Callable[[float], str], ends: str = "") -> str:
     """``median (lowest-highest)``; one number where all are the same."""
-    middle = format(statistics.median(values), form)
-    low, high = (format(end, ends or form) for end in (min(values), max(values)))
+
+    def said(value: float, form: str | Callable[[float], str]) -> str:
+        return format(value, form) if isinstance(form, str) else form(value)
+
+    middle = said(statistics.median(values), form)
+    low, high = (said(end, ends or form) for end in (min(values), max(values)))
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def _depth_line(found: Inspection) -> str:
     """The share of the change in each third of the depth, and the layer with most of it."""
     profile = found.depth_profile
+    outside = sum(layer.share for layer in found.layers if layer.depth is None)
+    beyond = f"; outside of the layers {100 * outside:.0f} %" if outside else ""
+    if not profile:
+        return f"depth: no update lies in a layer{beyond}"
     if len(profile) < 3 or not any(profile.values()):
-        return "depth: " + ", ".join(f"layer {depth} {100 * share:.0f} %" for depth, share in profile.items())
+        return "depth: " + ", ".join(f"layer {depth} {100 * share:.0f} %" for depth, share in profile.items()) + beyond
     depths = list(profile)
     cuts = [depths[len(depths) * part // 3 : len(depths) * (part + 1) // 3] for part in range(3)]
-    thirds = [f"layers {part[0]} to {part[-1]} {100 * sum(profile[d] for d in part):.0f} %" for part in cuts]
+    thirds = [
+        f"{f'layers {part[0]} to {part[-1]}' if len(part) > 1 else f'layer {part[0]}'} "
+        f"{100 * sum(profile[d] for d in part):.0f} %"
+        for part in cuts
+    ]
     most = max(profile, key=profile.__getitem__)
-    return f"depth: {', '.join(thirds)} of the change; most in layer {most} ({100 * profile[most]:.1f} %)"
+    return f"depth: {', '.join(thirds)} of the change; most in layer {most} ({100 * profile[most]:.1f} %){beyond}"
+
+
+def _percent(share: float) -> str:
+    """Two digits that count; a hundred and more as whole numbers."""
+    return f"{100 * share:.0f}" if share >= 0.995 else f"{100 * share:.2g}"

@@ -7,6 +7,7 @@ one weight at a time.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraEmbedding, LoraLinear, read_adapter
 from veneer.adapters.directions import LOOKED_AT, AgainstBase, against_base
+from veneer.adapters.dora import KEY as MAGNITUDE
 from veneer.adapters.experts import LoraExperts
 from veneer.adapters.fused_experts import stack_names, stack_of
 from veneer.adapters.save import WEIGHTS
@@ -207,7 +209,11 @@ def inspect_adapter(
     if any(update.magnitude is not None for update in found):
         notes.append("DoRA: the spectra are those of s B A; norms against the base's hold the change of magnitude too")
     factor_keys = {key for update in found for key in update.keys}
-    others = {key: tensor.numel() for key, tensor in tensors.items() if key not in factor_keys and tensor.ndim > 1}
+    others = {
+        key: tensor.numel()
+        for key, tensor in tensors.items()
+        if key not in factor_keys and not key.endswith(f".{MAGNITUDE}")
+    }
     name = adapted.base.identity.name if adapted is not None and adapted.base is not None else None
     layers = sorted(_reports(found, against), key=lambda layer: in_order(layer.path))
     return Inspection(folder, layers, others, name, notes)
@@ -354,7 +360,7 @@ def advice(found: Inspection) -> list[str]:
     if found.advised_rank is not None:
         said.append(
             f"you use {used} of {rank} ranks ({basis}): try r {found.advised_rank}. What it costs on your data: "
-            f"veneer resize --rank {found.advised_rank} --data FILE"
+            f"{_resize_command(found.adapter, found.advised_rank)}"
         )
     elif used > 0.9 * rank:
         said.append(f"you use {used} of {rank} ranks ({basis}), nearly all: whether a larger r helps, a run can tell")
@@ -372,3 +378,12 @@ def advice(found: Inspection) -> list[str]:
     elif looked_at:
         said.append(f"none of the {of} leading directions of the adapted weights is new to the base")
     return said
+
+
+def _resize_command(adapter: Path, rank: int) -> str:
+    """As it can be typed; a run has held-out rows of its own."""
+    run = adapter.parent if adapter.name == "adapter" and is_run(adapter.parent) else None
+    given = run or adapter
+    output = shlex.quote(f"{given.name or 'adapter'}-r{rank}")
+    data = "" if run else " --data FILE"
+    return f"veneer resize {shlex.quote(str(given))} --rank {rank} --output {output}{data}"

@@ -25,13 +25,14 @@ def save_picture(found: Inspection, path: str | Path) -> Path:
     """
     kinds, target = found.kinds, Path(path)
     with_base = found.base is not None
+    rank = max(layer.rank for layer in found.layers)
     columns = 3 if with_base else 2
     height = _TOP + _ROW * len(kinds)
     figure = Figure(figsize=(4.2 * columns, height), dpi=110, layout="constrained")
     grid = figure.subplots(len(kinds), columns, squeeze=False, sharex="col")
     depths = [layer.depth for layer in found.layers if layer.depth is not None]
     for row, (kind, layers) in zip(grid, kinds.items()):
-        _spectrum(row[0], kind, layers)
+        _spectrum(row[0], kind, layers, rank)
         _shares(row[1], layers, depths)
         if with_base:
             _against_base(row[2], layers, depths)
@@ -48,7 +49,7 @@ def save_picture(found: Inspection, path: str | Path) -> Path:
         grid[0][column].set_title(titles[column], fontsize=10, loc="left")
         grid[-1][column].set_xlabel(labels[column], fontsize=9)
     figure.align_ylabels(grid[:, 0])
-    rank = max(layer.rank for layer in found.layers)
+    grid[0][0].set_xlim(0.5, rank + 0.5)  # of all rows
     figure.suptitle(
         f"{_name(found.adapter)}: uses {found.used_rank} of {rank} ranks", fontsize=12, x=0.01, ha="left", weight="bold"
     )
@@ -57,20 +58,23 @@ def save_picture(found: Inspection, path: str | Path) -> Path:
     return target
 
 
-def _spectrum(axes: Axes, kind: str, layers: Sequence[LayerReport]) -> None:
+def _spectrum(axes: Axes, kind: str, layers: Sequence[LayerReport], rank: int) -> None:
     longest = max(len(layer.singular_values) for layer in layers)
     columns = [
         [v for layer in layers if index < len(layer.singular_values) and (v := layer.singular_values[index]) > 0]
         for index in range(longest)
     ]
     kept = [(index + 1, values) for index, values in enumerate(columns) if values]
-    axes.set_ylabel(kind, fontsize=10, weight="bold")
+    label = kind.replace(".", ".\n")  # a row has room for one name
+    axes.set_ylabel(label, fontsize=10 if max(map(len, label.split("\n"))) <= 15 else 8, weight="bold")
     _plain(axes)
     if not kept:
         axes.text(0.5, 0.5, "no update", transform=axes.transAxes, ha="center", color=_GREY)
         return
     x = [index for index, _ in kept]
     axes.fill_between(x, [min(v) for _, v in kept], [max(v) for _, v in kept], color=_BLUE, alpha=0.2, linewidth=0)
+    if len(x) == 1:  # a band of one direction has no width
+        axes.vlines(x, min(kept[0][1]), max(kept[0][1]), color=_BLUE, alpha=0.2, linewidth=6)
     axes.plot(x, [statistics.median(v) for _, v in kept], color=_BLUE, marker="o" if len(x) <= 32 else "", markersize=3)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
@@ -78,18 +82,18 @@ def _spectrum(axes: Axes, kind: str, layers: Sequence[LayerReport]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     used = statistics.median(layer.rank_99 for layer in layers)
     axes.axvline(used, color=_ORANGE, linestyle="--", linewidth=1.2)
+    is_left = used <= rank / 2  # the text takes the side that has room
     axes.annotate(
         f"99 %: {used:g}", (used, 0.97), xycoords=("data", "axes fraction"), color=_ORANGE, fontsize=8,
-        xytext=(-3, 0), textcoords="offset points", ha="right", va="top",
+        xytext=(3 if is_left else -3, 0), textcoords="offset points", ha="left" if is_left else "right", va="top",
     )  # fmt: skip
-    axes.set_xlim(0.5, max(layer.rank for layer in layers) + 0.5)
 
 
 def _shares(axes: Axes, layers: Sequence[LayerReport], depths: Sequence[int]) -> None:
     shares = _by_depth(layers)
     axes.bar(list(shares), [100 * share for share in shares.values()], color=_BLUE, width=0.8)
     total = 100 * sum(layer.share for layer in layers)
-    _say(axes, f"{total:.1f} % in all", _GREY)
+    _say(axes, f"{total:.1f} % in all" + ("" if shares else ", outside of the layers"), _GREY)
     _plain(axes, depths)
 
 
@@ -101,15 +105,23 @@ def _against_base(axes: Axes, layers: Sequence[LayerReport], depths: Sequence[in
         if layer.base is not None and layer.depth is not None and layer.relative_norm is not None
     ]
     if not points:
+        sizes = [size for layer in layers if (size := layer.relative_norm) is not None]
+        text = ", ".join(f"{100 * size:.3g} %" for size in sizes)
+        _say(axes, f"{text}, outside of the layers" if sizes else "not compared", _GREY)
+        axes.set_yticks([])
         return
     axes.scatter([depth for depth, _, _ in points], [100 * size for _, size, _ in points], s=14, color=_BLUE)
+    fresh: dict[int, list[tuple[float, int]]] = {}
     for depth, size, new in points:
         if new:
             axes.scatter([depth], [100 * size], s=22, color=_RED)
-            axes.annotate(str(new), (depth, 100 * size), xytext=(0, 4), textcoords="offset points", fontsize=7,
-                          ha="center", color=_RED)  # fmt: skip
+            fresh.setdefault(depth, []).append((size, new))
+    for depth, here in fresh.items():  # one number for all experts of a layer
+        highest = max(size for at, size, _ in points if at == depth)
+        axes.annotate(str(sum(new for _, new in here)), (depth, 100 * highest), xytext=(0, 4), fontsize=7,
+                      textcoords="offset points", ha="center", color=_RED)  # fmt: skip
     axes.set_ylim(0, 135 * max(size for _, size, _ in points) or 1)
-    if any(new for _, _, new in points):
+    if fresh:
         _say(axes, "red: how many directions are new", _RED)
 
 
