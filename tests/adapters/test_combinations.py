@@ -13,6 +13,7 @@ from torch import nn
 
 from pairs import Choice, covering, pairs
 from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter, merge
+from veneer.adapters.settings import AdaLoraConfig
 from veneer.errors import AdapterError
 from veneer.train.loraplus import multipliers
 from veneer.train.optimizer import FlatAdamW
@@ -204,3 +205,12 @@ def test_any_two_settings_work_together_or_are_refused_by_their_reason(one: str,
 
 def test_the_tokens_that_are_trained_occur() -> None:
     assert {1, 3, 5} <= set(IDS.flatten().tolist())
+
+
+def test_an_empty_adalora_config_is_adalora_with_its_defaults() -> None:
+    adapted = attach(base("lora"), LoraConfig(r=12, adalora_config={}))
+    assert adapted.configs["default"].adalora_config == AdaLoraConfig()
+    assert all(adapter.E is not None for adapter in adapted.linears().values())
+    with pytest.raises(AdapterError, match="adalora_config and use_dora do not go together"):
+        LoraConfig(adalora_config={}, use_dora=True)
+    assert LoraConfig(loftq_config={}).loftq_config is None, "PEFT writes it where there is nothing"

@@ -85,9 +85,9 @@ class LoraConfig:
     Args:
         r: rank of the update.
         lora_alpha: strength of the update, divided by ``r`` (by ``sqrt(r)`` under ``use_rslora``).
-        target_modules: ``"all-linear"`` (every linear but the output head), a list of names (a whole path, or its end
-            after a dot), or one regular expression that has to match the whole path. An embedding may be named too;
-            where the output head is tied to it, the adapter acts on the input side only, as PEFT's does.
+        target_modules: ``"all-linear"`` (every linear but the output head, and every router), a list of names (a whole
+            path, or its end after a dot), or one regular expression that has to match the whole path. An embedding may
+            be named too; where the output head is tied to it, the adapter acts on the input side only, as PEFT's does.
         exclude_modules: names or a regular expression, as above, that win over ``target_modules``.
         lora_dropout: probability of dropping an element of the adapter's input while training; the base sees all of it.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023).
@@ -109,7 +109,8 @@ class LoraConfig:
         use_lora_fa: only B is trained, A stays as it starts (Zhang et al. 2023, LoRA-FA).
         adalora_config: ranks move to where they matter while training (Zhang et al. 2023, AdaLoRA), from ``r``
             everywhere to ``target_r`` on average.
-        target_parameters: parameters that hold the stacked weights of experts, by the ends of their paths.
+        target_parameters: parameters, by the ends of their paths: stacked weights of experts, the matrix of a router
+            (``gate.weight``) or of a linear, which is read as the linear itself.
         experts: which experts of every MoE layer are adapted: ``"none"``, ``"all"``, ``"top-K"`` (the K that rows of
             data activate most), a list of indices, or such lists by the path of the layer.
         task_type: written into the file for PEFT; nothing here depends on it.
@@ -147,7 +148,9 @@ class LoraConfig:
         for name in _SEQUENCES:
             self._freeze(name)
         for name, kind in _SECTIONS.items():
-            value = getattr(self, name) or None  # PEFT writes {} where there is nothing
+            value = getattr(self, name)
+            if name != "adalora_config":  # {} is AdaLoRA with its defaults
+                value = value or None  # PEFT writes {} where there is nothing
             object.__setattr__(self, name, section(kind, value, f"LoraConfig.{name}"))
         self._freeze_tokens()
         if isinstance(self.experts, Mapping):
