@@ -6,9 +6,11 @@ import re
 
 import pytest
 import tiny_models
+import torch
 from torch import nn
 
 from veneer.adapters import LoraConfig, attach, resolve
+from veneer.adapters.save import warnings_of
 from veneer.adapters.slots import base_modules
 from veneer.adapters.structure import left_out
 from veneer.errors import AdapterError
@@ -32,15 +34,15 @@ CHOSEN = {
     "falcon": NEOX,
     "olmo": QKVO | GATED,
     "olmo2": QKVO | GATED,
-    "mixtral": QKVO,
-    "qwen2-moe": QKVO | GATED | {"shared_expert_gate"},
-    "qwen3-moe": QKVO,
-    "deepseek-v3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} | GATED,
-    "phimoe": QKVO,
-    "gpt-oss": QKVO,
-    "jamba": QKVO | GATED | MAMBA1,
+    "mixtral": QKVO | {"gate"},
+    "qwen2-moe": QKVO | GATED | {"gate", "shared_expert_gate"},
+    "qwen3-moe": QKVO | {"gate"},
+    "deepseek-v3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate"} | GATED,
+    "phimoe": QKVO | {"router"},
+    "gpt-oss": QKVO | {"router"},
+    "jamba": QKVO | GATED | MAMBA1 | {"router"},
     "zamba2": QKVO | MAMBA2 | {"gate_up_proj", "down_proj", "linear", "0", "1"},
-    "nemotron-h": QKVO | MAMBA2 | {"up_proj", "down_proj"},
+    "nemotron-h": QKVO | MAMBA2 | {"up_proj", "down_proj", "gate"},
     "falcon-h1": QKVO | GATED | MAMBA2,
     "bamba": QKVO | GATED | MAMBA2,
     "mamba": MAMBA1,
@@ -68,12 +70,21 @@ def test_all_linear_chooses_every_projection_of_the_architecture(name):
     assert {last(path) for path in chosen(tiny_models.ALL[name]())} == CHOSEN[name]
 
 
-def test_a_linear_that_gives_more_than_a_product_is_left_out_with_the_reason_and_refused_by_name():
-    module = tiny_models.ALL["phimoe"]()
-    parts = left_out(base_modules(module))
-    assert parts["model.layers.0.mlp.router"].why == "a router that multiplies by itself (PhimoeTopKRouter)"
-    with pytest.raises(AdapterError, match="router"):
-        chosen(module, target_modules=["router"])
+def test_a_router_whose_matrix_is_read_without_calling_it_is_left_out_with_the_reason():
+    class TopKRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 4))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.shared = TopKRouter(), nn.Linear(4, 4)
+
+    assert chosen(Block(), r=2) == ["shared"]
+    assert left_out(base_modules(Block()))["gate"].why == "a TopKRouter whose matrix is read without calling it"
+    with pytest.raises(AdapterError, match="whose matrix is read without calling it"):
+        chosen(Block(), r=2, target_modules=["gate"])
 
 
 @pytest.mark.parametrize("name", tiny_models.ALL)
@@ -84,7 +95,7 @@ def test_no_head_convolution_or_expert_is_chosen_and_all_other_linears_of_the_la
     other_towers = re.compile(r"model\.(vision|visual|multi_modal|connector)")
     linears = {path for path, part in module.named_modules() if isinstance(part, nn.Linear)}
     linears |= {path for path, part in module.named_modules() if type(part).__name__ == "Conv1D"}
-    linears -= {path for path, part in module.named_modules() if type(part).__name__ == "PhimoeTopKRouter"}
+    linears |= {path for path, part in module.named_modules() if type(part).__name__.endswith("Router")}
     assert paths == {path for path in linears if path not in heads and not other_towers.match(path)}
 
 
@@ -105,9 +116,7 @@ def test_every_matrix_is_adapted_or_said_to_be_left_out(name):
 
 def test_the_table_says_what_was_left_out_and_how_to_have_it():
     said = str(attach(tiny_models.MOE["mixtral"](), LoraConfig(r=4)).coverage)
-    assert (
-        "not adapted: gate (2 x [4, 32]): a router that multiplies by itself (MixtralTopKRouter); modules_to_s" in said
-    )
+    assert "not adapted: gate" not in said
     assert "not adapted: experts.gate_up_proj (2 x [4, 96, 32]): stacked experts; experts: all" in said
     assert "not adapted: lm_head (1 x [64, 32]): a head; name it in target_modules or in modules_to_save" in said
     said = str(attach(tiny_models.HYBRID["jamba"](), LoraConfig(r=4)).coverage)
@@ -158,7 +167,7 @@ def test_experts_that_are_a_list_of_layers_are_left_alone_as_stacked_ones_are():
     [
         ("HYBRID", "jamba", "conv1d", "a Conv1d cannot be adapted: it is a convolution", "in_proj, x_proj, dt_proj"),
         ("HYBRID", "mamba", "conv1d", "a Conv1d cannot be adapted", r"modules_to_save: \[conv1d\]"),
-        ("MOE", "mixtral", "gate", "a MixtralTopKRouter cannot be adapted", r"modules_to_save: \[gate\]"),
+        ("HYBRID", "jamba", "mamba", "a JambaMambaMixer cannot be adapted", "name its layers: in_proj"),
         ("MOE", "gpt-oss", "experts", "a GptOssExperts cannot be adapted", "experts|only linear layers"),
         ("DENSE", "gpt2", "c_atn", "matches nothing", "c_attn"),
     ],
@@ -170,6 +179,48 @@ def test_a_target_that_cannot_be_adapted_is_refused_by_its_reason_and_the_names_
     with pytest.raises(AdapterError, match=what) as caught:
         resolve(module, LoraConfig(target_modules=[target]))
     assert re.search(fix, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "where", "fix"),
+    [
+        ({"layers_to_transform": [9]}, "left with no linear layer", "layers_to_transform", "the layers are 0 to 1"),
+        ({"exclude_modules": ".*"}, "left with no linear layer", "exclude_modules", "exclude fewer modules"),
+        ({"target_modules": ["A_log"]}, "a parameter of BambaMixer and no layer", "target_modules", r"\[mamba\]"),
+    ],
+)
+def test_a_choice_that_leaves_nothing_is_refused_by_what_took_it_all(settings, what, where, fix):
+    with pytest.raises(AdapterError, match=what) as caught:
+        resolve(tiny_models.HYBRID["bamba"](), LoraConfig(r=4, **settings))
+    assert caught.value.where == f"LoraConfig.{where}"
+    assert re.search(fix, str(caught.value.fix))
+
+
+def test_parameters_of_three_dimensions_that_are_no_stacks_of_experts_are_not_said_to_be():
+    class Gates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input_gate_weight = nn.Parameter(torch.zeros(2, 4, 4))
+            self.shared = nn.Linear(4, 4)
+
+    block = nn.Sequential()
+    block.add_module("rg", Gates())
+    said = str(attach(block, LoraConfig(r=2)).coverage)
+    assert "rg.input_gate_weight (1 x [2, 4, 4]): a parameter of Gates; modules_to_save: [rg], all of it" in said
+    assert "experts" not in said
+
+
+def test_a_rank_that_some_matrix_cannot_have_is_said_but_not_of_routers():
+    adapted = attach(tiny_models.MOE["qwen2-moe"](), LoraConfig(r=20, lora_alpha=40))
+    ranks = {last(target.path): target.r for target in adapted.plans["default"].lora}
+    assert (ranks["q_proj"], ranks["k_proj"], ranks["gate"], ranks["shared_expert_gate"]) == (20, 16, 4, 1)
+    expected = (
+        "a rank of 20 is larger than some matrices, which get all that they can have: "
+        "k_proj (16 x 32) gets rank 16, v_proj (16 x 32) gets rank 16"
+    )
+    assert warnings_of(adapted) == [expected]
+    assert f"note: {expected}" in str(adapted.coverage)
+    assert warnings_of(attach(tiny_models.MOE["qwen2-moe"](), LoraConfig(r=8))) == []
 
 
 @pytest.mark.parametrize("name", ["A_log", "D", "dt_bias", "0.mamba.A_log"])

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import tiny_models
 import torch
 
 from veneer.adapters import LoraConfig, attach, load_adapter
 from veneer.adapters.merge import merge
+from veneer.adapters.save import _say_once
 
 # float32, the same formula summed in another order; a scan over the tokens adds up more of it
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
-# What PEFT 0.21 does not do: it refuses out_proj beside some state spaces by their model type; a dt_proj whose weight
-# is read never asks its adapter; and it takes DeepSeek's shared experts for the old names of the routed ones.
+# What PEFT 0.21 does not do: it refuses out_proj beside some state spaces by their model type, and a dt_proj whose
+# weight is read never asks its adapter.
 NOT_IN_PEFT = {
     "jamba": ["dt_proj"],
     "mamba": ["dt_proj", "out_proj"],
     "nemotron-h": ["out_proj"],
     "falcon-h1": ["out_proj"],
-    "deepseek-v3": ["gate_proj", "up_proj", "down_proj"],
 }
 IDS = torch.tensor([[3, 7, 5, 3, 9, 11, 20, 33, 14, 2, 6, 41], [8, 3, 4, 52, 17, 9, 30, 13, 21, 40, 5, 19]])
 
@@ -58,7 +61,8 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_switched_off_is_the_b
 @pytest.mark.parametrize("name", tiny_models.ALL)
 def test_gradients_reach_every_adapted_tensor_in_training_mode(name):
     model = adapted(name)
-    out = model.module.train()(input_ids=IDS).logits
+    many = torch.randint(64, (2, 56), generator=torch.Generator().manual_seed(3))  # a sure router has no gradient
+    out = model.module.train()(input_ids=many).logits
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     dead = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert dead == []
@@ -77,11 +81,29 @@ def test_peft_reads_the_file_and_writes_one_that_is_read_with_the_same_logits(na
     model = adapted(name, exclude_modules=NOT_IN_PEFT.get(name))
     expected = logits(model.module)
     model.save(tmp_path / "ours")
+    assert not json.loads((tmp_path / "ours" / "veneer.json").read_text()).get("not_in_peft")
     theirs = peft.PeftModel.from_pretrained(tiny_models.ALL[name](), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(logits(theirs), expected, **TOLERANCE)
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_adapter(tiny_models.ALL[name](), tmp_path / "theirs")
     torch.testing.assert_close(logits(again.module), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NOT_IN_PEFT)
+def test_what_peft_does_not_compute_is_said_when_it_is_saved_with_the_way_out(name, tmp_path, caplog):
+    _say_once.cache_clear()
+    adapted(name).save(tmp_path / "a")
+    said = json.loads((tmp_path / "a" / "veneer.json").read_text())["not_in_peft"]
+    assert [record.getMessage() for record in caplog.records] == said
+    for layer in NOT_IN_PEFT[name]:
+        assert any(re.search(rf"\({layer}, \d modules\).* exclude_modules: \[{layer}\]", line) for line in said)
+
+
+def test_dora_on_the_layers_beside_experts_is_said_not_to_be_in_peft(tmp_path):
+    adapted("deepseek-v3", use_dora=True).save(tmp_path / "a")
+    said = json.loads((tmp_path / "a" / "veneer.json").read_text())["not_in_peft"]
+    assert len(said) == 1
+    assert "takes them for the experts" in said[0]
 
 
 @pytest.mark.parametrize("name", ["jamba", "mamba", "falcon-h1", "zamba2", "deepseek-v3"])

@@ -36,6 +36,16 @@ def test_many_dead_tensors_are_counted_and_not_all_listed() -> None:
     assert caught.value.where == "t0, t1, t2, t3, t4, t5 and 14 more"
 
 
+def test_a_router_whose_choices_were_certain_is_a_warning_and_not_an_error() -> None:
+    names = ["layers.0.q.lora_A.weight", "layers.0.mlp.gate.lora_A.weight", "layers.0.mlp.gate.lora_B.weight"]
+    guards = Guards()
+    assert guards.gradients(1, names, [True, False, False]) is None
+    said = guards.gradients(2, names, [True, False, False])
+    assert said is not None
+    assert "2 of the routers' tensors had no gradient" in said
+    assert "layers.0.mlp.gate.lora_A.weight" in said
+
+
 def test_rare_trainable_tokens_are_a_warning_and_not_an_error() -> None:
     guards = Guards()
     names = [*NAMES, "embed_tokens.trainable_tokens_delta"]

@@ -61,6 +61,15 @@ def _apart(one: str, other: str, why: str) -> AdapterError:
     return AdapterError(f"{one} and {other} do not go together: {why}", where=f"LoraConfig.{one}", fix="remove one")
 
 
+def no_router(config: LoraConfig) -> str:
+    """Why a router can have no factors under ``config``; "" where it can."""
+    if config.use_dora:
+        return "DoRA scales rows, and PEFT's format has no scales for a router"
+    if config.init_lora_weights in ("eva", "lora_ga"):
+        return f"{config.init_lora_weights} looks at what linear layers read and give, and a router gives more"
+    return ""
+
+
 def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
     """Raises where a variant cannot act on a module of the plan, before the module is touched.
 
@@ -79,6 +88,8 @@ def check_fit(config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) 
         raise AdapterError(what, where="LoraConfig.r", fix=f"give r: {most} or less; 8 to 64 is usual")
     for target in plan.lora:
         layer: Any = modules[target.path]
+        if target.kind == "router" and (why := no_router(config)):
+            raise AdapterError(f"a router cannot be adapted here: {why}", where=target.path, fix="leave it out")
         smaller = min(layer.weight.shape)
         if target.r > smaller:
             raise AdapterError(

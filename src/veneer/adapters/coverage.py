@@ -34,7 +34,7 @@ class Coverage:
 
     rows: tuple[CoverageRow, ...]
     base_parameters: int
-    unmatched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()  # what else there is to say
     left_out: tuple[str, ...] = ()  # what all-linear does not choose and the adapter does not change: a line for each
 
     @property
@@ -97,7 +97,7 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
     held = {id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None}
     in_codes = sum(m.weight.numel() for m in modules.values() if isinstance(m, QuantizedLinear | QuantizedStack))
     base_parameters = sum(held.values()) + in_codes
-    return Coverage(table, base_parameters, plan.unmatched, _left_out(modules, how))
+    return Coverage(table, base_parameters, (*plan.unmatched, *plan.notes), _left_out(modules, how))
 
 
 def _left_out(modules: Mapping[str, nn.Module], trained: Collection[str]) -> tuple[str, ...]:

@@ -1,23 +1,34 @@
-"""Which stacks of experts an adapter changes, and which experts of each: ``target_parameters`` and ``experts``.
+"""What ``target_parameters`` names, and which experts of each stack an adapter changes: ``experts``.
 
-``target_parameters`` means what it means in PEFT: names of parameters, whole or their ends after a dot. ``experts`` is
-which experts: of those parameters, or without any, of every stack that the base has. ``top-K`` is resolved by
+``target_parameters`` means what it means in PEFT: names of parameters, whole or their ends after a dot. A stack of
+experts is one, the matrix of a router another; that of a linear is read as the linear itself. ``experts`` is which
+experts: of the stacks that are named, or without any, of every stack that the base has. ``top-K`` is resolved by
 :func:`veneer.adapters.activation.choose_experts`, which counts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from veneer.adapters.config import PLAIN_INITS, LoraConfig
 from veneer.adapters.experts import ExpertTarget
 from veneer.adapters.fused_experts import is_recognised, stack_names, stack_of
+from veneer.adapters.structure import kind_of
 from veneer.errors import AdapterError, did_you_mean
 
 Experts = str | Sequence[int] | Mapping[str, Sequence[int]]  # what the config's field of that name holds
+
+
+@dataclass(frozen=True)
+class Named:
+    """What ``target_parameters`` names, in the order of the model."""
+
+    stacks: tuple[tuple[str, str], ...]  # (path of the module, name of the stack)
+    matrices: tuple[str, ...]  # paths of the routers and linears whose weight is named
 
 
 def top_k(experts: Experts) -> int | None:
@@ -51,30 +62,29 @@ def fused_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
 def resolve_experts(
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
+    named: Collection[tuple[str, str]],
     allowed: Callable[[str], bool],
     rank_of: Callable[[str], tuple[int, float]],
-    miss: Callable[[AdapterError], None],
 ) -> tuple[ExpertTarget, ...]:
     """The stacks that get factors, in the order of the model.
 
     Args:
         modules: the base's, by path.
+        named: the stacks of :func:`named_parameters`.
         allowed: whether a module's path is left by the config's exclusions; asked where ``experts`` chooses alone.
         rank_of: rank and alpha of a parameter, by its path.
-        miss: takes an entry that changes nothing.
 
     Raises:
-        AdapterError: an entry names something else than a stack, or experts that a layer does not have; ``top-K`` was
-            not counted yet; a setting cannot act on experts.
+        AdapterError: there are no experts, or not those that are chosen; ``top-K`` was not counted yet; a setting
+            cannot act on experts.
     """
     known = fused_experts(modules)
-    if config.target_parameters:
-        chosen = _named(modules, config.target_parameters, known, miss)
-    elif config.experts != "none":
+    chosen = list(named)
+    if not chosen and config.experts != "none":
         chosen = [(path, stack) for path in known if allowed(path) for stack in stack_names(modules[path])]
         if not chosen:
             raise _no_experts(modules, config)
-    else:
+    if not chosen:
         return ()
     _check_settings(config)
     targets = []
@@ -94,51 +104,65 @@ def resolve_experts(
     return tuple(targets)
 
 
-def compact_parameters(modules: Mapping[str, nn.Module], targets: Sequence[ExpertTarget]) -> list[str]:
-    """The shortest sorted list of names that means the same parameters to PEFT: ends of paths, or whole ones."""
-    names = {target.name for target in targets}
-    short = sorted({".".join(name.split(".")[-2:]) for name in names})
-    every = {f"{path}.{stack}" for path, module in modules.items() for stack in stack_names(module)}
-    same = {name for name in every if any(_ends_with(name, entry) for entry in short)} == names
-    return short if same else sorted(names)
+def parameter_names(path: str, module: nn.Module) -> list[str]:
+    """The whole names of the parameters that ``module`` holds itself, also of those that are in codes."""
+    held = [name for name, parameter in module._parameters.items() if parameter is not None]
+    in_codes = ["weight"] if kind_of(module) == "linear" and "weight" not in held else []
+    return [f"{path}.{name}".lstrip(".") for name in dict.fromkeys([*held, *in_codes, *stack_names(module)])]
 
 
-def _named(
-    modules: Mapping[str, nn.Module],
-    entries: Sequence[str],
-    known: Mapping[str, int],
-    miss: Callable[[AdapterError], None],
-) -> list[tuple[str, str]]:
-    """The stacks that ``target_parameters`` names, in the order of the model."""
+def named_parameters(
+    modules: Mapping[str, nn.Module], entries: Sequence[str], miss: Callable[[AdapterError], None]
+) -> Named:
+    """What ``target_parameters`` names.
+
+    Args:
+        modules: the base's, by path.
+        entries: names of parameters, whole or their ends after a dot.
+        miss: takes an entry that changes nothing.
+
+    Raises:
+        AdapterError: an entry names a parameter that can have no factors.
+    """
     where = "LoraConfig.target_parameters"
+    known = fused_experts(modules)
     stacks = {f"{path}.{stack}": (path, stack) for path in known for stack in stack_names(modules[path])}
+    matrices = {f"{path}.weight": path for path, module in modules.items() if kind_of(module) in ("linear", "router")}
     others = {
-        f"{path}.{name}": path
+        name: path
         for path, module in modules.items()
-        for name in (*module._parameters, *stack_names(module))
-        if f"{path}.{name}" not in stacks
+        for name in parameter_names(path, module)
+        if name not in stacks and name not in matrices
     }
-    found: set[tuple[str, str]] = set()
+    found: set[str] = set()
     for entry in entries:
-        matches = {pair for name, pair in stacks.items() if _ends_with(name, entry)}
-        wrong = next((name for name in others if _ends_with(name, entry)), None)
+        matches = {name for name in (*stacks, *matrices) if ends_with(name, entry)}
+        wrong = next((name for name in others if ends_with(name, entry)), None)
         if wrong is not None:
-            owner = modules[others[wrong]]
-            if stack_names(owner):
-                raise _unknown_form(others[wrong], owner)
-            raise AdapterError(
-                f"target parameter '{entry}' is no stack of experts but the '{wrong.rpartition('.')[2]}' of a "
-                f"{type(owner).__name__}",
-                where=wrong,
-                fix="name its module in target_modules, or in modules_to_save",
-            )
+            raise _no_factors(entry, wrong, others[wrong], modules[others[wrong]])
         if not matches:
-            short = sorted({".".join(name.split(".")[-2:]) for name in stacks})
-            fix = did_you_mean(entry, [*short, *stacks])
-            fix = fix or (f"the stacks of experts are {', '.join(short)}" if short else "the base has no fused experts")
+            short = sorted({".".join(name.split(".")[-2:]) for name in (*stacks, *matrices)})
+            fix = did_you_mean(entry, [*short, *stacks, *matrices])
+            fix = fix or (f"those that can have factors are {', '.join(short)}" if short else "there is none to name")
             miss(AdapterError(f"target parameter '{entry}' matches nothing in the base", where=where, fix=fix))
         found |= matches
-    return [pair for pair in stacks.values() if pair in found]
+    return Named(
+        tuple(pair for name, pair in stacks.items() if name in found),
+        tuple(path for name, path in matrices.items() if name in found),
+    )
+
+
+def _no_factors(entry: str, name: str, path: str, owner: nn.Module) -> AdapterError:
+    """Why the parameter ``name`` of ``owner`` gets no factors, and what to do instead."""
+    if stack_names(owner):
+        return _unknown_form(path, owner)
+    last, kind = path.rpartition(".")[2], type(owner).__name__
+    what, fix = "it is no matrix of a linear or a router, nor a stack of experts", f"modules_to_save: [{last}]"
+    if kind_of(owner) in ("embedding", "conv1d") and name.endswith(".weight"):
+        what, fix = "PEFT lays these factors out in another way than those of the module", f"target_modules: [{last}]"
+    return AdapterError(
+        f"target parameter '{entry}' is the '{name.rpartition('.')[2]}' of a {kind}: {what}", where=name, fix=fix
+    )
 
 
 def _experts_of(experts: Experts, path: str, known: Mapping[str, int]) -> tuple[int, ...] | None:
@@ -203,5 +227,6 @@ def _unknown_form(path: str, module: nn.Module) -> AdapterError:
     )
 
 
-def _ends_with(name: str, entry: str) -> bool:
+def ends_with(name: str, entry: str) -> bool:
+    """Whether ``entry`` is the name itself, or its end after a dot."""
     return name == entry or name.endswith(f".{entry}")

@@ -23,6 +23,7 @@ from veneer.adapters.experts import LoraExperts
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
 from veneer.adapters.ranks import with_plan_ranks, with_ranks
 from veneer.adapters.read_weight import let_read
+from veneer.adapters.router import LoraRouter
 from veneer.adapters.saved import SavedModule
 from veneer.adapters.slots import SLOTS, Slot, base_modules, places
 from veneer.adapters.start import Originals, fill_factors
@@ -32,7 +33,7 @@ from veneer.adapters.variants import variants_of
 from veneer.errors import AdapterError, did_you_mean
 
 KEY_PREFIX = "base_model.model."
-S = TypeVar("S", LoraLinear, LoraEmbedding, LoraExperts, TokenEmbedding, TokenHead, SavedModule)
+S = TypeVar("S", bound=Slot)
 
 
 class IdentityLike(Protocol):
@@ -221,7 +222,8 @@ class AdaptedModel:
             if target.kind == "embedding":
                 slot_at(target.path, LoraEmbedding).add(name, target.r, scaling, config.lora_dropout)
             else:
-                linear = slot_at(target.path, LoraLinear, transposed=target.kind == "conv1d")
+                layer = LoraRouter if target.kind == "router" else LoraLinear
+                linear = slot_at(target.path, layer, transposed=target.kind == "conv1d")
                 if target.tied_to is None:
                     linear.add(name, target.r, scaling, config.lora_dropout, variants_of(config))
                 else:

@@ -8,6 +8,7 @@ without the adapter's name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -24,12 +25,19 @@ from veneer import __version__
 from veneer.adapters.adalora import as_plain, is_adalora
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.dora import KEY as MAGNITUDE
-from veneer.adapters.expert_targets import compact_parameters
 from veneer.adapters.model import KEY_PREFIX, AdaptedModel, BaseLike, IdentityLike
 from veneer.adapters.new_tokens import TOKENIZER_FILES, add_recorded, added_to, write_tokenizer
+from veneer.adapters.peft_names import (
+    compact_parameters,
+    compact_targets,
+    has_stacks,
+    named_as_parameters,
+    not_in_peft,
+    stable_patterns,
+)
 from veneer.adapters.precision import Precision, precision_of
 from veneer.adapters.slots import base_modules
-from veneer.adapters.targets import Plan, compact_targets, inside, output_heads, resolve, stable_patterns
+from veneer.adapters.targets import Plan, inside, output_heads, resolve
 from veneer.errors import AdapterError, StorageError
 from veneer.files import atomic_folder, write_json
 
@@ -78,6 +86,12 @@ def save_adapter(
     record = {**(extra or {}), "base": identity, "quantization": quantization, "veneer_version": __version__}
     if any(stack.experts is not None for stack in plan.experts):  # PEFT's layout has zeros for the others
         record["experts"] = {t.path: list(t.experts or range(t.count)) for t in plan.experts}
+    if config.lora_dropout:
+        record["lora_dropout"] = config.lora_dropout
+    if beyond := not_in_peft(adapted.module, config, plan):
+        record["not_in_peft"] = beyond
+        for line in beyond:
+            _say_once(line)
     if added := added_to(adapted.base):
         record["added_tokens"] = added
     with atomic_folder(target) as temporary:
@@ -167,9 +181,9 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     if is_adalora(data):
         data, tensors = as_plain(data, tensors, where=str(path))
     config = LoraConfig.from_dict(data, where=str(folder / CONFIG))
-    if experts := read_record(folder).get("experts"):
-        config = dataclasses.replace(config, experts=experts)
-    return config, tensors
+    recorded = read_record(folder)
+    kept = {key: recorded[key] for key in ("experts", "lora_dropout") if key in recorded}
+    return (dataclasses.replace(config, **kept) if kept else config), tensors
 
 
 def read_training_state(folder: str | Path) -> dict[str, Tensor]:
@@ -200,6 +214,21 @@ def recorded_precision(folder: str | Path) -> Precision | None:
     return Precision.from_dict(record["quantization"], where=str(Path(folder) / RECORD))
 
 
+def warnings_of(adapted: AdaptedModel) -> list[str]:
+    """What to say of the active adapter before it is trained: where it is not as asked, and where PEFT will differ."""
+    name = adapted.active
+    if name is None:
+        return []
+    plan = adapted.plans[name]
+    return [*plan.notes, *not_in_peft(adapted.module, adapted.configs[name], plan)]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """A run saves many checkpoints of one adapter."""
+    _log.warning("%s", text)
+
+
 def _for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous() for key, value in tensors.items()}
 
@@ -221,11 +250,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _file_config(adapted: AdaptedModel, config: LoraConfig, plan: Plan) -> dict[str, Any]:
     module = adapted.module
     data = config.to_dict()
-    if config.target_modules == ALL_LINEAR:
-        # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant.
-        data["target_modules"] = compact_targets(module, config, plan)
-    data["target_parameters"] = compact_parameters(base_modules(module), plan.experts) or None
-    data["rank_pattern"], data["alpha_pattern"] = stable_patterns(config, plan)
+    modules = base_modules(module)
+    parameters = named_as_parameters(modules, config, plan)
+    is_cut = isinstance(config.target_modules, str) and has_stacks(modules)
+    if config.target_modules == ALL_LINEAR or parameters or config.target_parameters or is_cut:
+        # PEFT would resolve it by its own rules for the head, on whatever model it is given: say what was meant. Beside
+        # experts it keeps of a regular expression only the last names.
+        data["target_modules"] = compact_targets(module, config, plan, parameters)
+    names = [*(f"{path}.weight" for path in parameters), *(stack.name for stack in plan.experts)]
+    data["target_parameters"] = compact_parameters(modules, names) or None
+    data["rank_pattern"], data["alpha_pattern"] = stable_patterns(config, plan, parameters)
+    if parameters:
+        data["lora_dropout"] = 0  # PEFT refuses any beside target_parameters; veneer.json has what was trained with
     # Whole paths mean the same to PEFT, which would take 'norm' for every module whose name ends in it.
     data["modules_to_save"] = sorted(plan.saved) or None
     if isinstance(config.trainable_token_indices, Mapping):

@@ -1,6 +1,6 @@
 """What the parts of a model are, told from their structure and names, and so what ``all-linear`` means.
 
-``all-linear`` is every layer that is a product with a matrix, less these:
+``all-linear`` is every layer that is a product with a matrix and every router, less these:
 
 1. **heads**: the output head, a linear that reads an embedding's matrix, and all that stands outside of the model's
    body (``score``, ``classifier``, ``qa_outputs``);
@@ -8,9 +8,8 @@
 3. **routed experts**: what stands in a list called ``experts``, as where they are one stacked parameter;
 4. **layers of torch's attention**: it reads their weight and never calls them, so that an adapter would do nothing.
 
-What is no layer of its own is never chosen: stacked experts, the matrix of a router, a convolution, the parameters of a
-recurrence (``A_log``, ``D``, ``dt_bias``). :func:`left_out` names all of it with the reason. There is no table of
-architectures here.
+What is no layer of its own is never chosen: stacked experts, a convolution, the parameters of a recurrence (``A_log``,
+``D``, ``dt_bias``). :func:`left_out` names all of it with the reason. There is no table of architectures here.
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from veneer.adapters.fused_experts import is_recognised, stack_names
 from veneer.adapters.slots import SLOTS, base_modules
 from veneer.quant import QuantizedLinear
+from veneer.quant.stack import QuantizedStack
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "router"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ROUTERS = ("gate", "router")
+_ROUTER_CLASS = re.compile(r"router|gate(?!d)|gating", re.IGNORECASE)
+_ROUTER_PATH = re.compile(r"(^|\.)(gate|router|gating|wg)(\.\w+)?$")
 _DECAY = ("A_log", "time_decay")  # a module that has one of these carries a state from token to token
 _NAMED = "name it in target_modules"
 
@@ -56,10 +58,27 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "embedding" if known else None
     if isinstance(module, nn.Linear | QuantizedLinear):
         is_whole = tuple(weight.shape) == (module.out_features, module.in_features)
-        return "linear" if is_whole and _gives_a_product(module) else None
+        if is_whole and _gives_a_product(module):
+            return "linear"
+    if _is_router(module):
+        return "router"
     # GPT-2's linear with a [in, out] weight is a class of transformers, which this floor does not import.
     is_conv1d = type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == weight.shape[1]
     return "conv1d" if is_conv1d else None
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it chooses experts by multiplying with its own matrix: all of transformers' say so by their class."""
+    has_matrix = module._parameters.get("weight") is not None and not isinstance(module, nn.Embedding)
+    # Without a forward of its own its owner reads the matrix, and what acts beside it would not be asked.
+    is_called = type(module).forward is not nn.Module.forward
+    return has_matrix and is_called and _ROUTER_CLASS.search(type(module).__name__) is not None
+
+
+def has_few_rows(path: str, module: nn.Module) -> bool:
+    """Whether it has few rows by its nature, so that a rank is cut to them: a router, or a gate of one row."""
+    weight: Any = module.weight
+    return kind_of(module) == "router" or weight.shape[0] == 1 or _ROUTER_PATH.search(path) is not None
 
 
 @torch.no_grad()
@@ -76,7 +95,7 @@ def _gives_a_product(linear: nn.Linear | QuantizedLinear) -> bool:
 
 def is_product(module: nn.Module) -> bool:
     """Whether ``module`` multiplies its input with a matrix: what ``all-linear`` chooses from."""
-    return kind_of(module) in ("linear", "conv1d")
+    return kind_of(module) in ("linear", "conv1d", "router")
 
 
 def left_out(modules: Mapping[str, nn.Module]) -> dict[str, LeftOut]:
@@ -203,13 +222,28 @@ def _bare_parts(path: str, module: nn.Module) -> Iterator[LeftOut]:
         elif carries_state(module):
             yield _part(full, parameter, "a parameter of the recurrence", f"modules_to_save: [{last}], all of it")
         elif dimensions == 3:
-            part = _part(full, parameter, "stacked experts", "experts: all")
+            part = _part(full, parameter, *_of_stack(last, module, name))
             yield replace(part, family=f"{last}.{name}" if name != "weight" else ".".join(path.split(".")[-2:]))
-        elif dimensions == 2 and last in _ROUTERS:
-            why = f"a router that multiplies by itself ({type(module).__name__})"
-            yield _part(full, parameter, why, f"modules_to_save: [{last}]")
+        elif name == "weight" and _ROUTER_CLASS.search(type(module).__name__):
+            yield _part(full, parameter, f"a {type(module).__name__} whose matrix is read without calling it", "")
         elif dimensions >= 2 and "bias" not in name and "embed" not in type(module).__name__.lower():
-            yield _part(full, parameter, f"a parameter of {type(module).__name__}", "")
+            yield _part(full, parameter, f"a parameter of {type(module).__name__}", _whole(last, module))
+
+
+def _of_stack(last: str, module: nn.Module, name: str) -> tuple[str, str]:
+    """What a parameter of three dimensions is, and how to have it trained."""
+    kind = type(module).__name__
+    if isinstance(module, QuantizedStack) or (name in stack_names(module) and is_recognised(module)):
+        return "stacked experts", "experts: all"
+    if name in stack_names(module):
+        return f"stacked experts of a form that is not known here ({kind})", _whole(last, module)
+    return f"a parameter of {kind}", _whole(last, module)
+
+
+def _whole(last: str, module: nn.Module) -> str:
+    if not last:
+        return ""  # the model itself has no name
+    return f"modules_to_save: [{last}]" + ", all of it" * (len(list(module.parameters())) > 1)
 
 
 def _within(path: str, part: str) -> bool:

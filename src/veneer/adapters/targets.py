@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from veneer.adapters.combinations import no_router
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
-from veneer.adapters.expert_targets import resolve_experts
+from veneer.adapters.expert_targets import named_parameters, resolve_experts
 from veneer.adapters.experts import ExpertTarget
 from veneer.adapters.slots import SLOTS, base_modules
-from veneer.adapters.structure import Kind, LeftOut, is_product, kind_of, left_out
+from veneer.adapters.structure import Kind, LeftOut, has_few_rows, is_product, kind_of, left_out
 from veneer.adapters.structure import output_heads as output_heads
 from veneer.errors import AdapterError, did_you_mean
 
@@ -51,6 +52,7 @@ class Plan:
     saved: tuple[str, ...]
     unmatched: tuple[str, ...]  # entries of the config that change nothing; only where the resolution was not strict
     experts: tuple[ExpertTarget, ...] = ()
+    notes: tuple[str, ...] = ()  # what all-linear did otherwise than a reader of the config would think
 
 
 def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> Plan:
@@ -73,14 +75,16 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
 
     saved = _resolve_saved(modules, config, from_file, miss)
     tokens = _resolve_tokens(root, modules, config, from_file)
-    experts = _resolve_experts(modules, config, saved, miss)
-    lora = _resolve_lora(modules, config, saved, [target.name for target in experts], miss)
+    free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
+    named = named_parameters(free, config.target_parameters or (), miss)
+    experts = _resolve_experts(free, config, named.stacks)
+    lora, notes = _resolve_lora(modules, free, config, named.matrices, [target.name for target in experts], miss)
     if not from_file:  # another program's file may have other factors in each place
         lora = _tied(lora, modules)
     _check_overlaps({target.path for target in lora}, tokens, saved)
     if not lora and not experts and not tokens and not saved:
         raise AdapterError("the adapter changes no module", where="LoraConfig", fix="name modules that the base has")
-    return Plan(lora, tokens, saved, tuple(unmatched), experts)
+    return Plan(lora, tokens, saved, tuple(unmatched), experts, notes)
 
 
 def name_matches(pattern: str | Sequence[str], path: str) -> bool:
@@ -102,33 +106,6 @@ def target_matches(config: LoraConfig, target_modules: str | Sequence[str], path
 def pattern_for(patterns: Iterable[str], path: str) -> str | None:
     """The first key of ``rank_pattern`` or ``alpha_pattern`` that decides for ``path``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
-def compact_targets(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str]:
-    """The shortest sorted list of names that means the same targets to PEFT.
-
-    Last names (``q_proj``) where they name exactly the plan's modules, else whole paths.
-    """
-    paths = {target.path for target in plan.lora}
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    others = [path for path in base_modules(root) if path and not inside(path, plan.saved)]
-    same = {path for path in others if target_matches(config, short, path)} == paths
-    return short if same else sorted(paths)
-
-
-def stable_patterns(config: LoraConfig, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
-    """``rank_pattern`` and ``alpha_pattern`` that decide the same in sorted order.
-
-    The first match wins, but a file's keys are sorted (PEFT's too, which may then scale a reloaded adapter otherwise
-    than the trained one). Where that would change a decision, every module is named by its whole path.
-    """
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    targets = {target.path: target for target in plan.lora} | {target.name: target for target in plan.experts}
-    if any(pattern_for(ranks, path) != pattern_for(sorted(ranks), path) for path in targets):
-        ranks = {re.escape(path): t.r for path, t in targets.items() if t.r != config.r}
-    if any(pattern_for(alphas, path) != pattern_for(sorted(alphas), path) for path in targets):
-        alphas = {re.escape(path): t.lora_alpha for path, t in targets.items() if t.lora_alpha != config.lora_alpha}
-    return ranks, alphas
 
 
 def inside(path: str, parents: Collection[str]) -> bool:
@@ -164,51 +141,87 @@ def _layer_matches(config: LoraConfig, path: str) -> bool:
 
 
 def _resolve_experts(
-    modules: Mapping[str, nn.Module],
-    config: LoraConfig,
-    saved: tuple[str, ...],
-    miss: Callable[[AdapterError], None],
+    free: Mapping[str, nn.Module], config: LoraConfig, named: Collection[tuple[str, str]]
 ) -> tuple[ExpertTarget, ...]:
     def is_free(path: str) -> bool:
         excluded = config.exclude_modules and name_matches(config.exclude_modules, path)
         return not excluded and _layer_matches(config, path)
 
-    free = {path: module for path, module in modules.items() if not inside(path, saved)}
-    return resolve_experts(free, config, is_free, lambda name: _rank_of(name, config), miss)
+    return resolve_experts(free, config, named, is_free, lambda name: _rank_of((name,), config))
 
 
 def _resolve_lora(
     modules: Mapping[str, nn.Module],
+    free: Mapping[str, nn.Module],
     config: LoraConfig,
-    saved: tuple[str, ...],
+    named: Collection[str],
     experts: list[str],
     miss: Callable[[AdapterError], None],
-) -> tuple[LoraTarget, ...]:
-    free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
+) -> tuple[tuple[LoraTarget, ...], tuple[str, ...]]:
+    """The modules with factors, and what there is to say of them."""
+    notes: list[str] = []
     if config.target_modules == ALL_LINEAR:
-        skipped = left_out(modules)
-        chosen = [
-            path
-            for path, module in free.items()
-            if is_product(module)
-            and path not in skipped
-            and not (config.exclude_modules and name_matches(config.exclude_modules, path))
-            and _layer_matches(config, path)
-        ]
-        if not chosen:
-            miss(AdapterError("'all-linear' matches no linear layer", where="LoraConfig.target_modules"))
+        chosen, notes = _all_linear(modules, free, config, miss)
     else:
         chosen = [path for path in free if target_matches(config, config.target_modules, path)]
         _report_unmatched_targets(modules, config, chosen, miss)
+    if named:
+        chosen = [path for path in free if path in {*chosen, *named}]
     for path in chosen:
         _check_adaptable(path, modules)
-    _report_unmatched_filters(modules, config, [*chosen, *experts], miss)
-    return tuple(_target(path, modules[path], config) for path in chosen)
+    names = {path: (f"{path}.weight", path) if path in named else (path,) for path in chosen}
+    _report_unmatched_filters(modules, config, [*(name for pair in names.values() for name in pair), *experts], miss)
+    targets = [_target(path, modules[path], config, names[path]) for path in chosen]
+    return tuple(targets), (*notes, *_cut_ranks(modules, config, targets))
 
 
-def _rank_of(path: str, config: LoraConfig) -> tuple[int, float]:
-    """The rank and alpha of what lies at ``path``, a module or a parameter."""
-    rank_key, alpha_key = pattern_for(config.rank_pattern, path), pattern_for(config.alpha_pattern, path)
+def _all_linear(
+    modules: Mapping[str, nn.Module],
+    free: Mapping[str, nn.Module],
+    config: LoraConfig,
+    miss: Callable[[AdapterError], None],
+) -> tuple[list[str], list[str]]:
+    """The paths that ``all-linear`` chooses, and what there is to say of those that it leaves out."""
+    skipped = left_out(modules)
+    every = [path for path, module in free.items() if is_product(module) and path not in skipped]
+    excluded = config.exclude_modules
+    kept = [path for path in every if not (excluded and name_matches(excluded, path))]
+    chosen = [path for path in kept if _layer_matches(config, path)]
+    if not chosen:
+        where, fix = "LoraConfig.target_modules", "name the modules to adapt in target_modules"
+        if kept:
+            where = "LoraConfig.layers_to_transform"
+            there = sorted({i for path in kept if (i := _layer_index(config, path)) is not None})
+            fix = f"the layers are {there[0]} to {there[-1]}" if there else "give layers_pattern: the list of layers"
+        elif every:
+            where, fix = "LoraConfig.exclude_modules", "exclude fewer modules: it takes all that all-linear chooses"
+        miss(AdapterError("'all-linear' is left with no linear layer", where=where, fix=fix))
+    why = no_router(config)
+    routers = [path for path in chosen if why and kind_of(modules[path]) == "router"]
+    last = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in routers))
+    notes = [f"the routers ({last}) are left as they are: {why}"] if routers else []
+    return [path for path in chosen if path not in routers], notes
+
+
+def _cut_ranks(modules: Mapping[str, nn.Module], config: LoraConfig, targets: Sequence[LoraTarget]) -> list[str]:
+    """What there is to say of the layers that cannot have the rank that was asked for."""
+    cut: dict[str, str] = {}
+    for target in targets:
+        module = modules[target.path]
+        asked, _ = _rank_of((target.path,), config)
+        if target.r < asked and not has_few_rows(target.path, module):
+            shape = " x ".join(map(str, module.weight.shape))  # type: ignore[arg-type]  # a matrix
+            cut[f"{target.path.rpartition('.')[2]} ({shape})"] = f"rank {target.r}"
+    if not cut:
+        return []
+    layers = ", ".join(f"{layer} gets {rank}" for layer, rank in cut.items())
+    return [f"a rank of {config.r} is larger than some matrices, which get all that they can have: {layers}"]
+
+
+def _rank_of(names: Sequence[str], config: LoraConfig) -> tuple[int, float]:
+    """The rank and alpha of a module or a parameter, by the first of its ``names`` that a pattern decides for."""
+    rank_key = next((key for name in names if (key := pattern_for(config.rank_pattern, name))), None)
+    alpha_key = next((key for name in names if (key := pattern_for(config.alpha_pattern, name))), None)
     r = config.r if rank_key is None else config.rank_pattern[rank_key]
     return r, config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
 
@@ -225,14 +238,15 @@ def _tied(targets: tuple[LoraTarget, ...], modules: Mapping[str, nn.Module]) -> 
     return tuple(found)
 
 
-def _target(path: str, module: nn.Module, config: LoraConfig) -> LoraTarget:
+def _target(path: str, module: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraTarget:
     kind = kind_of(module)
     assert kind is not None
-    r, alpha = _rank_of(path, config)
+    r, alpha = _rank_of(names, config)
     smaller = min(module.weight.shape)  # type: ignore[arg-type]  # kind_of has seen that it is a matrix
-    is_named = pattern_for(config.rank_pattern, path) is not None
+    is_named = any(pattern_for(config.rank_pattern, name) for name in names)
     if config.target_modules == ALL_LINEAR and not is_named and r > smaller:
-        # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as others.
+        # A router has a row for each expert, often fewer than r. It gets the rank that it can have, scaled as others;
+        # of a layer that is no router, that is said (_cut_ranks).
         alpha, r = alpha * (math.sqrt(smaller / r) if config.use_rslora else smaller / r), smaller
     return LoraTarget(path, kind, r, alpha)
 
@@ -252,7 +266,11 @@ def _report_unmatched_targets(
     for entry in config.target_modules:
         if any(_ends_with(path, entry) for path in chosen):
             continue
-        if not _any_ends_with(modules, entry):
+        if not _any_ends_with(modules, entry) and (owner := _owner_of(entry, modules)) is not None:
+            what = f"target module '{entry}' is a parameter of {type(modules[owner]).__name__} and no layer"
+            fix = f"train its whole module: modules_to_save: [{owner.rpartition('.')[2]}]"
+            miss(AdapterError(what, where=where, fix=fix))
+        elif not _any_ends_with(modules, entry):
             fix = did_you_mean(entry, names) or f"the layers that can be adapted are {', '.join(names)}"
             miss(AdapterError(f"target module '{entry}' matches nothing in the base", where=where, fix=fix))
         else:
@@ -316,8 +334,14 @@ def _resolve_saved(
     return tuple(path for path in modules if path in outer)
 
 
+def _owner_of(entry: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The first module that has a parameter of this name."""
+    held = ((path, f"{path}.{name}") for path, module in modules.items() for name in module._parameters if path)
+    return next((path for path, name in held if _ends_with(name, entry)), None)
+
+
 def _nothing_to_save(entry: str, modules: Mapping[str, nn.Module]) -> AdapterError:
-    owner = next((path for path, m in modules.items() if entry.rpartition(".")[2] in m._parameters and path), None)
+    owner = _owner_of(entry, modules)
     if owner is not None:
         kind = type(modules[owner]).__name__
         return AdapterError(

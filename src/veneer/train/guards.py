@@ -8,6 +8,7 @@ the other would have.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ FLAT_STEPS = 50
 FLAT_WINDOW = 10
 FLAT_SHARE = 0.01  # of the first losses: less improvement than this is called none
 _SPARSE = "trainable_tokens"  # rows of an embedding only get a gradient once their token occurs
+_ROUTER = re.compile(r"\.(gate|router)\.lora_")  # of a router only where some token's experts are not certain
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Guards:
             nonzero: for each name, whether its gradient had a non-zero entry.
 
         Returns:
-            A warning about token rows that have not occurred yet, or None.
+            A warning about token rows that have not occurred yet, or about routers that were certain, or None.
 
         Raises:
             TrainError: after two steps some tensor has had no gradient at all.
@@ -53,7 +55,13 @@ class Guards:
         self.without_gradient = [name for name, hit in zip(names, nonzero) if name in before and not hit]
         if step < GRADIENT_STEPS or not self.without_gradient:
             return None
-        dead = [name for name in self.without_gradient if _SPARSE not in name]
+        dead = [name for name in self.without_gradient if _SPARSE not in name and not _ROUTER.search(name)]
+        routers = [name for name in self.without_gradient if _ROUTER.search(name)]
+        if not dead and routers:
+            return (
+                f"{len(routers)} of the routers' tensors had no gradient in the first two steps ({routers[0]}): every "
+                "token's experts were certain; if it stays so, leave the routers out with adapter.exclude_modules"
+            )
         if not dead:
             return (
                 "none of the tokens in adapter.trainable_token_indices has occurred in the first two steps: "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters import AdaptedModel
-from veneer.adapters.save import read_training_state
+from veneer.adapters.save import read_training_state, warnings_of
 from veneer.data.classes import Classes, find_classes
 from veneer.data.conversation import Rows
 from veneer.data.dataset import TokenDataset
@@ -139,6 +139,7 @@ class Session:
             self.progress.message(note, "warning")
         if self.explain:
             self.progress.message(explanation(self.base, level, self.layout, optimizer, watch))
+            self.progress.message(f"what the adapter changes\n{adapted.coverage}")
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
         state = self._restored(optimizer, hook, info) if resume and begun else TrainerState()
@@ -283,6 +284,7 @@ class Session:
                 )
         if self.classes is not None:
             warnings += self.classes.warnings
+        warnings += warnings_of(self.adapted)
         for text in warnings:
             self.progress.message(text, "warning")
         stats = self.dataset.stats
