@@ -31,6 +31,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "patterns": {"experts": "all", "rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"1\..*gate_up_proj": 3}},
 }
 CASES = [(name, "all") for name in MODELS] + [("mixtral", case) for case in CONFIGS if case != "all"]
+CONFIGS["patterns, with attention"] = CONFIGS["with attention"] | {
+    "rank_pattern": {"experts.down_proj": 2},
+    "alpha_pattern": {"gate_up_proj": 3},
+}
+CASES += [("qwen2-moe", "with attention"), ("qwen2-moe", "patterns, with attention")]
 CASES += [("gpt-oss", "some experts"), ("qwen3-moe", "with attention")]
 
 

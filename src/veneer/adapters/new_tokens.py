@@ -48,7 +48,8 @@ def add_recorded(base: Any, recorded: Mapping[str, int], *, is_adapted: bool, wh
     if not recorded or base is None:
         return
     known = base.tokenizer.get_vocab()
-    missing = [token for token in recorded if token not in known]
+    # In the order of their ids: the file's keys are sorted by name.
+    missing = sorted((token for token in recorded if token not in known), key=lambda token: recorded[token])
     if missing and is_adapted:
         raise AdapterError(
             f"the adapter brings {len(missing)} new tokens, and the base has adapters already",
