@@ -197,3 +197,21 @@ def test_a_small_drift_is_not_lost_in_the_sum_over_a_large_vocabulary():
     found = compare_logits([(before, after, None)], torch.float32).mean_kl
     assert found == pytest.approx(expected, rel=1e-3)
     assert 1e-11 < found < 1e-10
+
+
+def test_what_a_training_forward_leaves_in_the_model_is_no_obstacle(ids):
+    """RecurrentGemma keeps its states in attributes, and they belong to the graph."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "lru_width": 32, "intermediate_size": 48, "vocab_size": 64, "attention_window_size": 16}
+    config = RecurrentGemmaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, **size)
+    adapted = attach(RecurrentGemmaForCausalLM(config).eval(), LoraConfig(r=4, init_lora_weights=False), seed=0)
+    expected = adapted.module(ids).logits
+    left = [v for m in adapted.module.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    assert any(not tensor.is_leaf for tensor in left)
+    merged = merge(adapted)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=2e-5)
+    expected.square().mean().backward()  # the graph is whole
+    assert all(p.grad is not None for p in adapted.parameters())

@@ -63,7 +63,8 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
         adapted.named_parameters(entry)  # raises where there is no such adapter
     # The structure is copied, the tensors are not: the memo says that each tensor is its own copy.
     tensors = [*adapted.module.parameters(), *adapted.module.buffers()]
-    merged: nn.Module = copy.deepcopy(adapted.module, {id(tensor): tensor for tensor in tensors})
+    memo = {id(tensor): tensor for tensor in tensors} | _left_behind(adapted.module)
+    merged: nn.Module = copy.deepcopy(adapted.module, memo)
     hanging, found = places(merged), list(slots(merged))
     changes = [slot.merged(names) for _, slot in found]
     for (path, _), change in zip(found, changes):
@@ -86,6 +87,15 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
             _replace(plain.get(id(slot.base_layer), slot.base_layer), key, tensor, made)
     _settle(merged, ties)
     return merged
+
+
+def _left_behind(module: nn.Module) -> dict[int, Tensor]:
+    """By id, the tensors that a forward has left in attributes (RecurrentGemma's states), without their gradients.
+
+    What belongs to a graph cannot be copied.
+    """
+    held = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 
 @torch.no_grad()
