@@ -270,3 +270,17 @@ def test_a_rank_larger_than_the_matrix_is_refused_before_anything_changes(llama:
     with pytest.raises(AdapterError, match="rank 40 is larger than this matrix, 32 x 32"):
         attach(module, LoraConfig(r=40, target_modules=["q_proj"], init_lora_weights="pissa"))
     assert module.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_from_the_weight_says_what_it_does_not_start(method: str, llama: Make) -> None:
+    module = llama()
+    with pytest.raises(AdapterError, match="starts from the weight of a linear layer, and this adapter is on none"):
+        attach(module, LoraConfig(r=4, init_lora_weights=method, target_modules=["embed_tokens"]))
+    assert not any("adapters" in name for name, _ in module.named_modules())
+    adapted = attach(
+        module, LoraConfig(r=4, init_lora_weights=method, target_modules=["q_proj", "embed_tokens"]), seed=0
+    )
+    assert "; 1 that are no linear layers start as by default (model.embed_tokens)" in adapted.notes["default"]
+    alone = attach(llama(), LoraConfig(r=4, init_lora_weights=method, target_modules=["q_proj"]), seed=0)
+    assert "by default" not in alone.notes["default"]

@@ -67,6 +67,8 @@ def test_a_run_says_how_it_starts_and_its_folder_answers_as_it_did(
 ) -> None:
     result, watcher = small_run(train=TRAIN, **STARTS[start])
     assert any(said in text for _, text in watcher.messages)
+    converted = [text for _, text in watcher.messages if "the file is a plain LoRA of rank 8 (trained with 4)" in text]
+    assert len(converted) == (start in ("pissa", "lora_ga"))
     saved = json.loads((result.adapter / "adapter_config.json").read_text())
     assert saved["r"] == rank
     assert saved["init_lora_weights"] is True

@@ -44,10 +44,17 @@ def fill_factors(
         What there is to say of the start, or nothing.
 
     Raises:
-        AdapterError: LoftQ without the original weights.
+        AdapterError: LoftQ without the original weights; a start from a linear's weight where there is no linear.
     """
     method = config.init_lora_weights
     from_weight = method not in (*PLAIN_INITS, *DATA_INITS, "loftq")
+    started = [t.path for t in plan.lora if isinstance(slots[t.path], LoraLinear)]
+    if from_weight and not started:
+        raise AdapterError(
+            f"{method} starts from the weight of a linear layer, and this adapter is on none",
+            where="LoraConfig.init_lora_weights",
+            fix="target linear layers too, or leave init_lora_weights out",
+        )
     for target in plan.lora:
         if target.tied_to is not None:
             continue
@@ -67,7 +74,11 @@ def fill_factors(
         return _fill_from_errors(slots, name, config, plan, originals)
     if from_weight:
         rank = 2 * max(target.r for target in plan.lora)
-        return f"{method}: the base is untouched, and the adapter's file is a plain LoRA of up to rank {rank} for it"
+        others = [t.path for t in plan.lora if t.path not in started] + [stack.name for stack in plan.experts]
+        rest = f"; {len(others)} that are no linear layers start as by default ({others[0]})" if others else ""
+        return (
+            f"{method}: the base is untouched, and the adapter's file is a plain LoRA of up to rank {rank} for it{rest}"
+        )
     return ""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters import AdaptedModel
+from veneer.adapters.conversion import conversion_of
 from veneer.adapters.save import read_training_state, warnings_of
 from veneer.data.classes import Classes, find_classes
 from veneer.data.conversation import Rows
@@ -440,6 +441,8 @@ class Session:
         if self.world.is_main:
             with storage_errors(self.folder.adapter):
                 self.adapted.save(self.folder.adapter, extra={**self._notes(step), "run": self.folder.path.name})
+                if conversion := conversion_of(self.adapted, self.folder.adapter):
+                    record.message(str(conversion))
         if state.best_step is None:
             record.message(f"{self.folder.adapter} holds the adapter of the last step, {step}")
             return
