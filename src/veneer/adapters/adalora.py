@@ -3,8 +3,9 @@
     y = W x + s B (E * A) x        E [r, 1] starts at zero, A and B at N(0, 0.02^2)
 
 A triplet (a row of A, its entry of E, a column of B) is dropped by setting its E to zero, which is undone if it proves
-important later; which ones is up to the training step (:mod:`veneer.train.rank_budget`). What is saved are the plain
-factors ``A' = E * A`` and ``B' = B`` of the triplets that are left.
+important later; which ones is up to the training step (:mod:`veneer.train.rank_budget`): with an optimizer alone, all
+ranks stay, and a loop of one's own calls :func:`veneer.train.hooks.step_hook`. What is saved are the plain factors
+``A' = E * A`` and ``B' = B`` of the triplets that are left.
 
 ``s = alpha / r`` with the rank that all modules start with, however many triplets are left. PEFT divides by
 ``r + 1e-5`` instead.

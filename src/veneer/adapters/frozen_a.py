@@ -1,7 +1,8 @@
 """LoRA-FA: only B is trained (Zhang et al. 2023, "LoRA-FA"). The backward then keeps ``h = A x`` and not x.
 
 The gradient of B that comes closest to a step of the whole update is ``(1 / s^2) dB (A A^T)^-1`` (Wang et al. 2024,
-LoRA-Pro, with A fixed).
+LoRA-Pro, with A fixed). Runs take that one; with an optimizer alone it is dB as it is, and a loop of one's own calls
+:func:`veneer.train.hooks.step_hook`.
 """
 
 from __future__ import annotations

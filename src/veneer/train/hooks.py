@@ -1,4 +1,22 @@
-"""Which adapters need more in a step than the gradient of the loss."""
+"""Which adapters need more in a step than the gradient of the loss: AdaLoRA, and LoRA-FA.
+
+A run does it by itself. In a loop of one's own:
+
+    from veneer.train.hooks import step_hook
+    from veneer.train.optimizer import FlatAdamW
+
+    optimizer = FlatAdamW(model.named_parameters())
+    hook = step_hook(model, optimizer, total_steps)
+    for step in range(1, total_steps + 1):
+        optimizer.zero_grad()
+        loss(model.module).backward()
+        hook.add_gradient(1.0)  # what the gradient is divided by next
+        optimizer.finish_gradient(1.0, max_norm=1.0)
+        hook.before_step(step)
+        optimizer.step(learning_rate)
+        hook.after_step(step)
+    model.trim()  # AdaLoRA: the ranks that are left
+"""
 
 from __future__ import annotations
 
