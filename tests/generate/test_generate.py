@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from veneer.adapters import LoraConfig, attach
-from veneer.errors import ModelError, UsageError, VeneerError
-from veneer.generate import Generation, default_stop_ids, generate
+from veneer.errors import UsageError, VeneerError
+from veneer.generate import Generation, Memory, default_stop_ids, generate
 from veneer.generate import decoder as decoder_module
 from veneer.kernels import native
 from veneer.models import Base, BaseIdentity
@@ -235,11 +235,52 @@ def test_what_cannot_be_generated_is_refused(
     assert caught.value.fix
 
 
-def test_a_model_without_a_cache_of_keys_and_values_is_refused(base: Base) -> None:
-    config = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
-    module = transformers.MambaForCausalLM(config).eval()
-    with pytest.raises(ModelError, match="takes no cache of keys and values"):
-        generate(Base(module, base.tokenizer, BaseIdentity("m", None, "", "", ""), "m"), [[1]])
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+WITHOUT_OUR_CACHE: dict[str, tuple[dict[str, Any], str]] = {
+    "Mamba": ({"state_size": 4}, "takes no cache of keys and values"),
+    "Mamba2": (
+        {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 16},
+        "takes no cache of keys and values",
+    ),
+    "FalconMamba": ({"state_size": 4}, "takes no cache of keys and values"),
+    "Rwkv": ({"attention_hidden_size": 32}, "takes no cache of keys and values"),
+    "MiniMax": (
+        {
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+        "keeps its past in a form of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_OUR_CACHE)
+def test_a_model_that_does_not_take_our_cache_computes_whole_rows_and_says_so_once(
+    name: str, base: Base, prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, reason = WITHOUT_OUR_CACHE[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = getattr(transformers, f"{name}ForCausalLM")(
+            getattr(transformers, f"{name}Config")(**SMALL, **settings)
+        ).eval()
+    model = Base(module, base.tokenizer, BaseIdentity("m", None, "", "", ""), "m")
+    memory = Memory()
+    found = generate(model, prompts, max_new_tokens=5, stop_token_ids=[], batch_size=3)
+    assert generate(model, prompts[:1], max_new_tokens=5, stop_token_ids=[], memory=memory)[0] == found[0]
+    for prompt, answer in zip(prompts, found):
+        ids = torch.tensor([prompt])
+        for _ in range(5):
+            with torch.no_grad():
+                ids = torch.cat((ids, module(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        assert answer.token_ids == ids[0, len(prompt) :].tolist()
+    said = [record.message for record in caplog.records if record.name == "veneer.generate"]
+    assert len(said) == 1
+    assert f"{name}ForCausalLM {reason}" in said[0]
 
 
 def test_a_bare_module_with_adapters_has_no_tokenizer_to_write_with(family: Callable[[str], Any]) -> None:
@@ -260,6 +301,7 @@ class _Scripted(torch.nn.Module):
         self.config, self.generation_config = module.config, module.generation_config
         self.script = script
         self.first: int | None = None
+        self._veneer_takes_our_cache = True  # or the look at it would count as the first token
 
     def get_input_embeddings(self) -> Any:
         return self.inner.get_input_embeddings()

@@ -47,7 +47,7 @@ class Memory:
 
     def put(self, ids: Sequence[int], cache: Any) -> None:
         """Keeps ``cache``, which holds the first of ``ids``, unless its past cannot be cut back."""
-        usable = is_attention_only(cache)
+        usable = cache is not None and is_attention_only(cache)
         self.cache = cache if usable else None
         self.ids = list(ids[: cache.get_seq_length()]) if usable else []
 

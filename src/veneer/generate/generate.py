@@ -16,6 +16,7 @@ from veneer.errors import DataError, UsageError
 from veneer.generate.decoder import Decoder, Memory, inference
 from veneer.generate.sampling import Sampling, choose, row_noise
 from veneer.generate.text import TextSoFar
+from veneer.generate.whole import WholeDecoder, open_decoder
 from veneer.models import Base
 
 FinishReason = Literal["stop", "length"]
@@ -116,7 +117,7 @@ def generate(
     ]
     done = 0
     with inference(module):
-        decoder = Decoder(module) if rows else None
+        decoder = open_decoder(module) if rows else None
         for batch in _batches(rows, batch_size, equal=decoder is not None and not decoder.attention_only):
             assert decoder is not None
             for row in _run(decoder, batch, ends, sampling, memory):
@@ -146,7 +147,7 @@ def default_stop_ids(module: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def _run(
-    decoder: Decoder, batch: list[_Row], ends: set[int], sampling: Sampling, memory: Memory | None
+    decoder: Decoder | WholeDecoder, batch: list[_Row], ends: set[int], sampling: Sampling, memory: Memory | None
 ) -> Iterator[_Row]:
     """Runs a batch to its end; yields a row whenever it has got a token or is done."""
     logits = decoder.read([row.prompt for row in batch], max(row.limit for row in batch), memory)

@@ -66,7 +66,8 @@ def attention(
     q, k, v = (t.transpose(0, 1).reshape(t.shape[1], batch * length, t.shape[3]) for t in (query, key, value))
     lengths = list(document_lengths) * batch
     out = document_attention(q, k, v, lengths, scale, sliding_window, softcap, shared_prefix, s_aux)
-    return out.view(heads, batch, length, -1).permute(1, 2, 0, 3), None
+    # In the order of the result, which is copied once either way: some models (JetMoe) view it instead of reshaping it.
+    return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).contiguous(), None
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -92,7 +93,7 @@ def _masked_attention(
     if sinks is not None:
         scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
     out = torch.softmax(scores, -1)[..., : k.shape[2]].to(q.dtype) @ v.repeat_interleave(groups, 1)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()
 
 
 def register() -> None:

@@ -42,13 +42,32 @@ class _Logits:
     scale: float
 
 
+def body_of(module: nn.Module) -> nn.Module:
+    """The part that reads ids and gives the last hidden states: what ``get_decoder`` says, where that is such a part.
+
+    Some classes say the whole model there (Llama 4), or a linear that happens to be called ``decoder`` (ModernBERT's).
+
+    Raises:
+        ModelError: there is no such part.
+    """
+    asked: Any = module
+    embedding = asked.get_input_embeddings()
+    for part in (asked.get_decoder(), asked.base_model, getattr(asked, "model", None)):
+        if isinstance(part, nn.Module) and part is not module and any(inner is embedding for inner in part.modules()):
+            return part
+    raise ModelError(
+        f"{type(module).__name__} does not say which part of it gives the hidden states",
+        fix="use a causal language model of another family",
+    )
+
+
 def hidden_states(module: nn.Module, batch: BatchLike) -> Tensor:
     """The last hidden states ``[B, T, d]`` (after the final norm) of a packed or right-padded batch.
 
     No dense mask is built: packed documents are isolated by their lengths, and right padding cannot be seen under a
     causal mask.
     """
-    decoder = module.get_decoder()  # type: ignore[operator]  # every transformers causal model has it
+    decoder = body_of(module)
     device = next(module.parameters()).device
     ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
     arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
@@ -132,22 +151,32 @@ def check_head(module: nn.Module) -> None:
     """Proves on four tokens that our head gives the model's own logits, so that no unknown scaling is missed.
 
     Raises:
-        ModelError: the model does something to its logits that is not known here.
+        ModelError: the model does something to its logits that is not known here, or does not run on text alone.
     """
     device = next(module.parameters()).device
     head = module.get_output_embeddings()  # type: ignore[operator]  # every transformers causal model has it
     if head is None:
         raise ModelError(f"{type(module).__name__} has no output head", fix="use a causal language model")
     ids = torch.arange(4, device=device)[None] % module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    decoder = module.get_decoder()  # type: ignore[operator]
-    z = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
-    how = _logits_of(module)
-    z = z * how.scale
-    if how.softcap is not None:
-        z = how.softcap * torch.tanh(z / how.softcap)
-    expected = module(input_ids=ids, use_cache=False).logits.float()
+    try:
+        z = head(body_of(module)(input_ids=ids, use_cache=False).last_hidden_state).float()
+        how = _logits_of(module)
+        z = z * how.scale
+        if how.softcap is not None:
+            z = how.softcap * torch.tanh(z / how.softcap)
+        expected = module(input_ids=ids, use_cache=False).logits.float()
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{type(module).__name__} cannot be run on text the way causal language models are: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            where="the check before the first step, on four tokens",
+            fix="use a causal language model of another family, or report the model's name",
+        ) from error
     tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
-    if not torch.allclose(z, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) * 10):
+    largest = float(expected.abs().max())
+    if z.shape != expected.shape or not torch.allclose(z, expected, rtol=tolerance, atol=tolerance * largest * 10):
         raise ModelError(
             f"{type(module).__name__} changes its logits after the head in a way that is not known here",
             fix="report the model's name; its loss would be wrong",
