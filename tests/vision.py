@@ -34,12 +34,21 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Idefics3": ({"model_type": "llama"}, _TOWER, {"image_token_id": IMAGE, "scale_factor": 2}),
     "Gemma3": ({"head_dim": 8}, _TOWER, {"mm_tokens_per_image": 4, "image_token_id": IMAGE}),
 }
+CROSS_ATTENTION = {  # Llama 3.2's: its second layer reads images alone, and rows of text pass it by
+    "Mllama": (
+        {"cross_attention_layers": [1]},
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 8}
+        | {"patch_size": 4, "intermediate_size": 24, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+        | {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        {"image_token_index": IMAGE},
+    )
+}
 PROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "processor_class": "TinyProcessor"}
 
 
 def write_vision(name: str, folder: Path, tokenizer: Any) -> Path:
     """Writes a random float32 ``NameForConditionalGeneration`` with a tokenizer and ``preprocessor_config.json``."""
-    text, tower, both = MODELS[name]
+    text, tower, both = (MODELS | CROSS_ATTENTION)[name]
     special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
     text = {**_TEXT, "vocab_size": len(tokenizer), **special, **text}
     config = getattr(transformers, f"{name}Config")(

@@ -167,8 +167,8 @@ def test_an_overflowing_learning_rate_is_stopped_too(small_run: Callable[..., An
         assert all(bool(t.isfinite().all()) for t in load_file(path / "adapter_model.safetensors").values())
 
 
-def test_a_tensor_that_gets_no_gradient_stops_the_run_by_name(
-    small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_a_tensor_that_no_step_can_reach_stops_the_run_before_it_begins(
+    small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def objective(module: Any, batch: Any) -> ObjectiveOutput:
         from veneer.models.head import answer_loss
@@ -184,10 +184,23 @@ def test_a_tensor_that_gets_no_gradient_stops_the_run_by_name(
         return ObjectiveOutput(loss.loss_sum, loss.trained)
 
     monkeypatch.setitem(session.OBJECTIVES, "sft", objective)
-    with pytest.raises(TrainError, match="14 of 28 adapter tensors had no gradient in the first two steps") as caught:
+    with pytest.raises(TrainError, match="14 of 28 adapter tensors take no part in the loss") as caught:
         small_run(data={"eval": None})
     assert "layers.1" in str(caught.value.where)
     assert "layers.0" not in str(caught.value.where)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_whose_gradient_stays_zero_stops_the_run_by_name(
+    small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def objective(module: Any, batch: Any) -> ObjectiveOutput:
+        output = session.sft(module, batch)
+        return ObjectiveOutput(output.loss_sum * 0, output.trained)
+
+    monkeypatch.setitem(session.OBJECTIVES, "sft", objective)
+    with pytest.raises(TrainError, match="28 of 28 adapter tensors had no gradient in the first two steps"):
+        small_run(data={"eval": None})
 
 
 def test_early_stopping_and_the_best_checkpoint_is_what_lies_in_adapter(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import Watcher
 
-from veneer.errors import ModelError
+from veneer.errors import ModelError, TrainError
 from veneer.generate import generate
 from veneer.models import load_base, load_tokenizer, save_base
 from veneer.run import load_model
@@ -71,6 +71,19 @@ def test_a_vision_language_model_trains_on_text_and_its_adapter_is_pefts(
     assert kept
     assert all(torch.equal(tower[key], expected[key]) for key in kept)
     assert json.loads((merged / "preprocessor_config.json").read_text()) == PROCESSOR
+
+
+def test_layers_that_rows_of_text_pass_by_are_named_before_the_run_and_can_be_left_out(
+    write: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = str(write("Mllama"))
+    with pytest.raises(TrainError, match="14 of 28 adapter tensors take no part in the loss") as caught:
+        train_recipe(recipe(base=folder))
+    assert not (tmp_path / "run").exists()
+    named = str(caught.value.fix).partition("exclude_modules: [")[2].rstrip("]").split(", ")
+    assert "cross_attn.q_proj" in named
+    result = train_recipe(recipe(base=folder, adapter={"exclude_modules": named}, train={"max_steps": 3}))
+    assert len(result.model.parameters()) == 14
 
 
 @pytest.mark.parametrize("name", ["Llava", "Qwen2_5_VL", "SmolVLM"])

@@ -129,6 +129,28 @@ def longest_row(module: nn.Module) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
+@torch.no_grad()
+def unread_pooler(module: Any) -> str | None:
+    """The path of a pooler that the logits do not depend on: BigBird's body has one, and its classifier reads none."""
+    path = f"{module.base_model_prefix}.{POOLER}"
+    if not any(name.startswith(f"{path}.") for name, _ in module.named_parameters()):
+        return None
+
+    def spoil(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.full_like(output, torch.nan)
+
+    hook, training = module.get_submodule(path).register_forward_hook(spoil), module.training
+    ids = torch.arange(1, 9, device=module.device)[None] % module.config.get_text_config().vocab_size
+    try:
+        logits: Tensor = module.eval()(input_ids=ids).logits
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # it does not tell: whoever gives it rows of text will see
+    finally:
+        hook.remove()
+        module.train(training)
+    return None if bool(logits.isnan().any()) else path
+
+
 def _describes(config: Any, labels: Sequence[str]) -> bool:
     """Whether the files hold a classifier for just these labels."""
     names = getattr(config, "architectures", None) or [""]
@@ -150,7 +172,8 @@ def _set_pad_id(config: Any, pad_id: int | None, folder: Path) -> None:
 
 
 def _head(module: Any, report: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    """The paths of the head: all children of the model but its body, and a pooler in it that the files do not have.
+    """The paths of the head: all children of the model but its body, and a pooler in it that the files do not have
+    and the head reads.
 
     Raises:
         ModelError: as :func:`veneer.models.strict.raise_report`, for the body.
@@ -165,6 +188,7 @@ def _head(module: Any, report: Mapping[str, Any], folder: Path) -> tuple[str, ..
     fresh_pooler = bool(of_pooler) and of_pooler <= missing
     if fresh_pooler:
         missing -= of_pooler
+        fresh_pooler = unread_pooler(module) is None
 
     def in_body(name: str) -> bool:
         return name.startswith(f"{body}.")

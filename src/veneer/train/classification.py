@@ -27,7 +27,8 @@ from veneer.evaluate.class_scores import confusion, macro_f1
 from veneer.evaluate.classify import rendered
 from veneer.files import write_json
 from veneer.models import Base, load_base
-from veneer.models.classifier import TASK_TYPE, class_logits, longest_row
+from veneer.models.classifier import TASK_TYPE, class_logits, longest_row, unread_pooler
+from veneer.models.strict import first_line
 from veneer.recipe import Recipe
 from veneer.train.distributed import World, local_device
 from veneer.train.layout import Layout, deal
@@ -79,8 +80,15 @@ def load_classifier_of(recipe: Recipe, rows: Rows, held_out: Rows | None) -> tup
 
 
 def for_classifier(config: LoraConfig, base: Base) -> LoraConfig:
-    """``config`` with the head among what is trained and saved whole, and PEFT's name for the task."""
+    """``config`` with the head among what is trained and saved whole, and PEFT's name for the task.
+
+    ``all-linear`` then leaves out a pooler that the head does not read.
+    """
     saved = tuple(dict.fromkeys((*base.head, *(config.modules_to_save or ()))))
+    unread = unread_pooler(base.module) if config.target_modules == "all-linear" else None
+    if unread is not None and not isinstance(config.exclude_modules, str):
+        within = [path for path, _ in base.module.named_modules() if f"{path}.".startswith(f"{unread}.")]
+        config = dataclasses.replace(config, exclude_modules=[*(config.exclude_modules or ()), *within])
     return dataclasses.replace(config, modules_to_save=saved, task_type=TASK_TYPE)
 
 
@@ -88,7 +96,8 @@ def check_classifier(adapted: AdaptedModel, base: Base, dataset: TokenDataset, l
     """Proves that the head will be trained and saved, and on two rows that padding changes no logits.
 
     Raises:
-        TrainError: a part of the head is left out, or a padded row gives other logits than the same row alone.
+        TrainError: a part of the head is left out, the model fails on a row, or a padded row gives other logits than
+            the same row alone.
     """
     assert adapted.active is not None
     left_out = [path for path in base.head if path not in adapted.plans[adapted.active].saved]
@@ -102,10 +111,21 @@ def check_classifier(adapted: AdaptedModel, base: Base, dataset: TokenDataset, l
     order = sorted(range(len(dataset)), key=lambda index: int(dataset.lengths[index]))
     pair, training = [order[0], order[len(order) // 2]], adapted.module.training
     adapted.module.eval()
-    with torch.no_grad():
-        together = _logits(adapted.module, collate_labelled(dataset, pair, layout.pad_id))[0]
-        alone = [_logits(adapted.module, collate_labelled(dataset, [index], layout.pad_id))[0] for index in pair]
-    adapted.module.train(training)
+    try:
+        with torch.no_grad():
+            together = _logits(adapted.module, collate_labelled(dataset, pair, layout.pad_id))[0]
+            alone = [_logits(adapted.module, collate_labelled(dataset, [index], layout.pad_id))[0] for index in pair]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainError(
+            f"{type(adapted.module).__name__} cannot classify these rows: {first_line(error)}",
+            where=f"rows {dataset.row_ids[pair[0]]} and {dataset.row_ids[pair[1]]}",
+            fix="use a tokenizer that frames rows as this model was trained (BART reads a row's last </s>), or another "
+            "base, such as one of the BERT, ModernBERT or Llama families",
+        ) from error
+    finally:
+        adapted.module.train(training)
     difference = float((together - torch.cat(alone)).abs().max() / together.abs().max().clamp_min(1e-6))
     if not difference <= PADDING_TOLERANCE.get(base.dtype, 1e-3):
         raise TrainError(

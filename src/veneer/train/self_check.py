@@ -7,19 +7,25 @@ before it has trained anything.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
+from veneer.adapters import AdaptedModel
+from veneer.adapters.model import KEY_PREFIX
 from veneer.data.dataset import Example, TokenDataset
 from veneer.data.label_render import LabelledDataset
 from veneer.data.pack import Batch, collate_packed, collate_padded
 from veneer.errors import TrainError
 from veneer.kernels.check import Finding, Watch, watching
+from veneer.models.strict import shortlist
 from veneer.train.classification import class_micro_batches
 from veneer.train.layout import Layout
 from veneer.train.noise import as_in_training
 from veneer.train.sft import Objective
 
+_MAY_REST = re.compile(r"trainable_tokens|(^|\.)experts(\.|$)")
 TOKENS = 128  # of a row: its last ones, which hold trained tokens if any part does
 
 
@@ -40,6 +46,51 @@ def self_check(module: nn.Module, objective: Objective, batch: Batch, *, every: 
     if off:
         raise _error(off[0], len(off), len(watch.findings))
     return watch
+
+
+def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -> None:
+    """A step on trial: it can be computed, and every adapter tensor takes part in it. Nothing is kept of it.
+
+    Rows of tokens and routed experts are left aside: a few tokens need not reach them.
+
+    Raises:
+        TrainError: the step fails, or a tensor takes no part in the loss: its layer is not called, or not read.
+    """
+    module, named = adapted.module, adapted.named_parameters()
+    try:
+        with as_in_training(module, batch.input_ids.device), torch.enable_grad():
+            loss = objective(module, batch).loss_sum
+            grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainError(
+            f"{type(module).__name__} cannot be trained: a step on trial fails with {type(error).__name__}: "
+            f"{(str(error).strip() or 'no reason given').splitlines()[0]}",
+            where="the check before the first step, on rows of this run",
+            fix="leave the layer that fails out with adapter.exclude_modules, or report this with the model's name",
+        ) from error
+    apart = [name for (name, _), grad in zip(named, grads) if grad is None and not _MAY_REST.search(name)]
+    if apart:
+        reached = {_name(_path(name)) for name, _ in named if name not in apart}
+        paths = map(_path, apart)
+        layers = list(dict.fromkeys(path if _name(path) in reached else _name(path) for path in paths))
+        raise TrainError(
+            f"{len(apart)} of {len(named)} adapter tensors take no part in the loss",
+            where=shortlist(apart),
+            fix="rows like these do not reach their layers, as rows of text do not reach one that reads images: leave "
+            f"them out with adapter.layers_to_transform or adapter.exclude_modules: [{', '.join(layers)}]",
+        )
+
+
+def _path(tensor: str) -> str:
+    """The path of an adapter tensor's layer."""
+    return re.sub(r"\.(lora_\w+(\.weight)?|weight|bias)$", "", tensor.removeprefix(KEY_PREFIX))
+
+
+def _name(path: str) -> str:
+    """What a layer and its like in other blocks are called."""
+    return re.split(r"\.\d+\.", path)[-1]
 
 
 def few_tokens(dataset: TokenDataset, layout: Layout) -> Batch:

@@ -22,6 +22,7 @@ from veneer.data.show import show_html
 from veneer.errors import VeneerError
 from veneer.evaluate.report import write_report
 from veneer.files import storage_errors, write_text
+from veneer.generate.whole import takes_our_cache
 from veneer.kernels import native
 from veneer.models import Base
 from veneer.models.classifier import pad_id_of_classifier
@@ -60,7 +61,7 @@ from veneer.train.progress import Progress
 from veneer.train.record import RunRecord, SilentRecord, clear_run, cut_metrics, read_metrics
 from veneer.train.result import TrainResult
 from veneer.train.resume import check_same_run, find_checkpoint, open_checkpoint
-from veneer.train.self_check import few_tokens, self_check
+from veneer.train.self_check import check_gradients, few_tokens, self_check
 from veneer.train.sft import sft
 from veneer.train.start import start_from_checkpoint, start_from_rows
 from veneer.train.state import Plan, TrainerState
@@ -108,6 +109,8 @@ class Session:
             check_classifier(adapted, self.base, self.dataset, self.layout)
         else:
             check_head(adapted.module)
+            if world.is_main and self.held_out is not None and (self.held_out.metrics or self.held_out.samples):
+                takes_our_cache(adapted.module)  # it says now, not at the first evaluation, what decodes slowly
         if self.layout.packing:
             share = self.layout.share_prefix
             self.recipe, instead = settle_packing(self.recipe, adapted.module, self.dataset, self.base.device, share)
@@ -134,6 +137,7 @@ class Session:
         objective = OBJECTIVES[self.recipe.objective]
         batch = few_tokens(self.dataset, self.layout).to(self.base.device)
         watch = self_check(adapted.module, objective, batch, every=self.strict)
+        check_gradients(adapted, objective, batch)
         tokens = most_tokens(self.dataset, self.layout, self.plan.rows_per_step // world.size)
         level, note = choose_level(settings.gradient_checkpointing, adapted.module, objective, batch, tokens)
         if note is not None:
