@@ -118,18 +118,14 @@ class Session:
                 del self.layout  # made anew from the settled recipe
                 self.progress.message(instead)
         self.start_adapter(resume=resume)
+        rates = settings.loraplus_lr_ratio, settings.learning_rate, settings.loraplus_lr_embedding
         optimizer = FlatAdamW(
             adapted.named_parameters(),
             optim=settings.optim,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
-            multipliers=multipliers(
-                adapted.named_parameters(),
-                settings.loraplus_lr_ratio,
-                settings.learning_rate,
-                settings.loraplus_lr_embedding,
-            ),
+            multipliers=multipliers(adapted.named_parameters(), *rates),
         )
         if settings.optim != "adamw":
             self.progress.message(optimizer.description)
