@@ -229,3 +229,17 @@ def test_a_router_named_by_module_and_by_parameter_has_one_update() -> None:
     assert both == resolve(MOE["mixtral"](), LoraConfig(r=3))
     stacks = resolve(MOE["mixtral"](), LoraConfig(r=3, target_parameters=["gate.weight"], experts="all")).experts
     assert {stack.parameter for stack in stacks} == {"gate_up_proj", "down_proj"}
+
+
+@QUIET
+def test_an_adapter_with_routers_that_was_made_smaller_is_read_here_and_in_peft(
+    ids: Tensor, run: Any, tmp_path: Any
+) -> None:
+    peft = pytest.importorskip("peft")
+    from veneer.ship.resize import resize_adapter
+
+    adapt(MOE["qwen2-moe"](), r=6).save(tmp_path / "a")
+    resize_adapter(tmp_path / "a", tmp_path / "b", energy=0.8, measure=False)
+    expected = run(load_adapter(MOE["qwen2-moe"](), tmp_path / "b").module, ids)
+    theirs = peft.PeftModel.from_pretrained(MOE["qwen2-moe"](), str(tmp_path / "b")).eval()
+    torch.testing.assert_close(run(theirs, ids), expected, **PEFT_TOLERANCE)

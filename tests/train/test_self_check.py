@@ -42,6 +42,9 @@ def test_a_run_explains_itself_and_is_the_same_run(
     rows, memory = "packed" if packing else "padded", heap.description()
     for word in ("float32", "LlamaRMSNorm", rows, memory, "RMSNorm", "cross entropy", "limit"):
         assert word in said[0]
+    covered = [text for _, text in watcher.messages if text.startswith("what the adapter changes")]
+    assert len(covered) == 1
+    assert "q_proj" in covered[0]
     recorded = json.loads((tmp_path / "plain" / "run.json").read_text())["hardware"]
     assert (recorded["memory"], recorded["kernels"]) == (memory, native.description())
     assert not [text for _, text in plain.messages if "how this run computes" in text]

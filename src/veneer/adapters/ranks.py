@@ -33,13 +33,15 @@ def with_ranks(config: LoraConfig, plan: Plan, ranks: Mapping[str, int]) -> tupl
     targets = plan.lora
     usual_r = Counter(target.r for target in targets).most_common(1)[0][0]
     usual_alpha = Counter(target.lora_alpha for target in targets).most_common(1)[0][0]
-    everything = {t.path: t for t in targets} | {t.name: t for t in plan.experts}
+    # A file may name a layer by its parameter, and patterns then have to decide for that name.
+    end = r"(\.weight)?" if config.target_parameters else ""
+    named = [(re.escape(t.path) + end, t) for t in targets] + [(re.escape(t.name), t) for t in plan.experts]
     changed = dataclasses.replace(
         config,
         r=usual_r,
         lora_alpha=usual_alpha,
-        rank_pattern={re.escape(path): t.r for path, t in everything.items() if t.r != usual_r},
-        alpha_pattern={re.escape(path): t.lora_alpha for path, t in everything.items() if t.lora_alpha != usual_alpha},
+        rank_pattern={name: t.r for name, t in named if t.r != usual_r},
+        alpha_pattern={name: t.lora_alpha for name, t in named if t.lora_alpha != usual_alpha},
         init_lora_weights=True,
         adalora_config=None,
         loftq_config=None,
