@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter, merge, resolve
 from veneer.adapters.router import LoraRouter
+from veneer.adapters.save import warnings_of
 from veneer.errors import AdapterError
 
 _GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
@@ -222,6 +223,33 @@ def test_excluded_routers_are_counted_and_two_adapters_add_up(ids: Tensor, run: 
             adapter: Any = slot.adapters["b"]
             first.get_submodule(path).weight.add_(2.0 * adapter.B @ adapter.A)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(run(adapted.module, ids), run(first, ids), **TOLERANCE)
+
+
+def test_a_router_that_reads_the_weight_of_its_linear_is_adapted_and_said_not_to_be_in_peft(
+    ids: Tensor, run: Any
+) -> None:
+    longcat = _text(
+        "LongcatFlash",
+        num_layers=1,
+        n_routed_experts=4,
+        moe_topk=2,
+        expert_ffn_hidden_size=16,
+        ffn_hidden_size=48,
+        zero_expert_num=1,
+        head_dim=8,
+        num_key_value_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    adapted = adapt(longcat(), target_modules=["router.classifier"])
+    got = run(adapted.module, ids)
+    torch.testing.assert_close(run(merge(adapted), ids), got, **TOLERANCE)
+    with adapted.disabled():
+        assert (run(adapted.module, ids) - got).abs().max() > 1e-2
+    assert "never asks their update" in warnings_of(adapted)[0]
 
 
 def test_a_router_named_by_module_and_by_parameter_has_one_update() -> None:

@@ -136,9 +136,11 @@ def _part(path: str, weight: Any, why: str, how: str) -> LeftOut:
 def is_read(owner: nn.Module, name: str) -> bool:
     """Whether ``owner`` takes the weight of its layer ``name`` and multiplies by itself instead of calling the layer.
 
-    The state spaces of the first Mamba do, with the projection of their time step: the scan adds its bias.
+    The state spaces of the first Mamba do, with the projection of their time step: the scan adds its bias. LongCat's
+    router does, which multiplies in float32.
     """
-    return name == "dt_proj" and carries_state(owner)
+    is_router = name == "classifier" and _ROUTER_CLASS.search(type(owner).__name__) is not None
+    return is_router or (name == "dt_proj" and carries_state(owner))
 
 
 def carries_state(module: nn.Module) -> bool:
