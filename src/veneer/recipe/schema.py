@@ -123,7 +123,8 @@ class AdapterRecipe(Section):
         description="AdaLoRA, from r to target_r: target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight",
     )
     target_parameters: list[Text] | None = Field(
-        default=None, description="parameters that hold stacked experts, by the ends of their paths"
+        default=None,
+        description="parameters by the ends of their paths: stacked experts, the matrix of a router or a linear",
     )
     experts: Text | list[Token] | dict[str, list[Token]] = Field(
         default="none",
