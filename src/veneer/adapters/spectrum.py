@@ -25,6 +25,7 @@ from veneer.errors import AdapterError
 # The ends of the keys of two factors, by the kind of layer.
 _FACTORS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 _NESTED = ".base_layer"  # once for each stack of the same module that lies above; see expert_files
+_MATRIX = ".weight"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ def updates(config: LoraConfig, tensors: Mapping[str, Tensor], *, where: str) ->
             found.append(Update(path, kinds[path], A, B, scaling, magnitude))
             continue
         own = names[0] if len(names) == 1 else path
+        if count == 1 and own.endswith(_MATRIX):  # a router or a linear that is named by its parameter
+            layer = own.removesuffix(_MATRIX)
+            found.append(Update(layer, "linear", A, B, scaling, None, None, None if layer == path else path))
+            continue
         stack = A.view(count, r, -1), B.view(-1, r, count).permute(2, 0, 1)
         found += [Update(own, "linear", a, b, scaling, None, index, path) for index, (a, b) in enumerate(zip(*stack))]
     return found

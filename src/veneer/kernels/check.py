@@ -92,7 +92,8 @@ class Watch:
             return
         generator = torch.Generator().manual_seed(len(self._seen))
         operands = _map(arguments, functools.partial(_with_values, generator=generator))
-        wanted = {path for path, t in tensors.items() if activations & {path[0], path[-1]} or t.requires_grad}
+        whole = {path: t for path, t in tensors.items() if t.shape.numel()}  # an update may have no rank
+        wanted = {path for path, t in whole.items() if activations & {path[0], path[-1]} or t.requires_grad}
 
         before = native.calls
         ours = _computed(own, operands, wanted, _as_it_is)
