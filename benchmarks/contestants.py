@@ -189,12 +189,9 @@ def veneer(job: dict[str, Any]) -> dict[str, Any]:
     return curve.figures()
 
 
-def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
-    """TRL's SFTTrainer over a PEFT model. ``checkpointing`` None leaves TRL's default, which is on."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def trainer_report() -> tuple[Any, Callable[[], dict[str, Any]]]:
+    """A callback of transformers' Trainer that notes every step, and the figures of what it has noted."""
+    from transformers import TrainerCallback
 
     clock = Clock()
     losses: list[float] = []
@@ -210,6 +207,17 @@ def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
                 losses.append(logs["loss"])
                 rates.append(logs["learning_rate"])
 
+    return Report(), lambda: {"losses": losses, "learning_rates": rates, **clock.figures()}
+
+
+def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
+    """TRL's SFTTrainer over a PEFT model. ``checkpointing`` None leaves TRL's default, which is on."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    report, figures = trainer_report()
     own = {} if checkpointing is None else {"gradient_checkpointing": checkpointing}
     config = SFTConfig(
         output_dir=str(Path(job["folder"]) / f"trl-{job['run']}"),
@@ -236,15 +244,13 @@ def trl(job: dict[str, Any], checkpointing: bool | None) -> dict[str, Any]:
         args=config,
         train_dataset=Dataset.from_list(examples),
         processing_class=AutoTokenizer.from_pretrained(job["model_folder"]),
-        callbacks=[Report()],
+        callbacks=[report],
     )
     began = time.perf_counter()
     trainer.train()
     total = time.perf_counter() - began
     return {
-        "losses": losses,
-        "learning_rates": rates,
-        **clock.figures(),
+        **figures(),
         "train_seconds": total,
         "gradient_checkpointing": config.gradient_checkpointing,
         "threads": torch.get_num_threads(),

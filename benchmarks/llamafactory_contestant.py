@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import LORA, TRAIN, Clock
+from benchmarks.contestants import LORA, TRAIN, trainer_report
 from benchmarks.processes import serve
 
 
@@ -32,22 +32,8 @@ def _rows(job: dict[str, Any]) -> str:
 def llamafactory(job: dict[str, Any]) -> dict[str, Any]:
     """``llamafactory-cli train``."""
     from llamafactory.train.tuner import run_exp
-    from transformers import TrainerCallback
 
-    clock = Clock()
-    losses: list[float] = []
-    rates: list[float] = []
-
-    class Report(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.start()
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
-                clock.step()
-                losses.append(logs["loss"])
-                rates.append(logs["learning_rate"])
-
+    report, figures = trainer_report()
     run_exp(
         {
             "stage": "sft",
@@ -78,13 +64,11 @@ def llamafactory(job: dict[str, Any]) -> dict[str, Any]:
             "output_dir": str(Path(job["folder"]) / f"llamafactory-{job['run']}"),
             **TRAIN,
         },
-        callbacks=[Report()],
+        callbacks=[report],
     )
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("llamafactory", "transformers", "peft")},
-        "losses": losses,
-        "learning_rates": rates,
-        **clock.figures(),
+        **figures(),
     }
 
 

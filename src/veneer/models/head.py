@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import ModelError
 from veneer.kernels.linear_cross_entropy import IGNORE_INDEX, TokenLosses, linear_cross_entropy
+from veneer.models.strict import first_line
 
 _CHUNK_ROWS = 512
 
@@ -165,12 +166,11 @@ def check_head(module: nn.Module) -> None:
         if how.softcap is not None:
             z = how.softcap * torch.tanh(z / how.softcap)
         expected = module(input_ids=ids, use_cache=False).logits.float()
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"{type(module).__name__} cannot be run on text the way causal language models are: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            f"{type(module).__name__} cannot be run on text the way causal language models are: {first_line(error)}",
             where="the check before the first step, on four tokens",
             fix="use a causal language model of another family, or report the model's name",
         ) from error

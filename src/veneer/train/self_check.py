@@ -19,7 +19,7 @@ from veneer.data.label_render import LabelledDataset
 from veneer.data.pack import Batch, collate_packed, collate_padded
 from veneer.errors import TrainError
 from veneer.kernels.check import Finding, Watch, watching
-from veneer.models.strict import shortlist
+from veneer.models.strict import first_line, shortlist
 from veneer.train.classification import class_micro_batches
 from veneer.train.layout import Layout
 from veneer.train.noise import as_in_training
@@ -61,12 +61,12 @@ def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -
         with as_in_training(module, batch.input_ids.device), torch.enable_grad():
             loss = objective(module, batch).loss_sum
             grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise TrainError(
             f"{type(module).__name__} cannot be trained: a step on trial fails with {type(error).__name__}: "
-            f"{(str(error).strip() or 'no reason given').splitlines()[0]}",
+            f"{first_line(error)}",
             where="the check before the first step, on rows of this run",
             fix="leave the layer that fails out with adapter.exclude_modules, or report this with the model's name",
         ) from error
