@@ -268,7 +268,8 @@ def test_pefts_adalora_becomes_a_plain_lora_that_both_read(wide_base: Path, tmp_
         theirs.save_pretrained(str(tmp_path / "old"))
         resize_adapter(tmp_path / "old", tmp_path / "new", rank=2)
         data = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
-        assert (data["peft_type"], "init_r" in data, data["target_modules"]) == ("LORA", False, sorted(QV))
+        assert (data["peft_type"], "init_r" in data) == ("LORA", False)
+        assert set(data["target_modules"]) == set(QV)  # PEFT writes a set, in any order
         base = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32)
         again = peft.PeftModel.from_pretrained(base, str(tmp_path / "new")).eval()
     with torch.no_grad():
