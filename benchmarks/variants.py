@@ -219,7 +219,9 @@ def planned(bench: Bench, tasks: Sequence[Task], place: int, methods: list[Metho
     return total - len({key_of(record) for record in wanted} - lacking)
 
 
-def compare_costs(bench: Bench, task: Task, methods: list[Method], rounds: int, block: int) -> None:
+def compare_costs(
+    bench: Bench, task: Task, methods: list[Method], rounds: int, block: int, machine: dict[str, Any]
+) -> None:
     """Step time and memory of every method against its reference, added to the results."""
     from benchmarks.variants_cost import compare
     from benchmarks.variants_figures import COST
@@ -237,7 +239,7 @@ def compare_costs(bench: Bench, task: Task, methods: list[Method], rounds: int, 
             except SystemExit as failure:
                 figures = {"error": reason(failure)}
                 say(f"  failed: {figures['error']}")
-        bench.results.add({**record, "task": COST, "reference": method.reference, **figures})
+        bench.results.add({**record, "task": COST, "reference": method.reference, **figures, "machine": machine})
 
 
 def prepare_task(options: argparse.Namespace, data: Path | None, folder: Path) -> Task:
@@ -351,7 +353,9 @@ def run(options: argparse.Namespace, results: Results, folder: Path) -> None:
     sources = [None] if options.data is None else [None, options.data]
     tasks = [prepare_task(options, data, folder / str(number)) for number, data in enumerate(sources)]
     if options.cost:
-        compare_costs(bench, tasks[-1], [METHODS[name] for name in options.methods], options.rounds, options.block)
+        machine = machine_of(options, in_process(MODULE, "where", {**common, "folder": str(folder)}))
+        methods = [METHODS[name] for name in options.methods]
+        compare_costs(bench, tasks[-1], methods, options.rounds, options.block, machine)
         return
     general = {**common, "general": str(folder / "general.json"), "folder": str(folder), "threads": options.threads}
     machine = machine_of(options, in_process(MODULE, "general", general))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quantisation_page import paragraph, table
 from benchmarks.variants_advice import advice
@@ -188,8 +187,9 @@ def _sizes(found: Findings) -> list[str]:
             "the whole process):",
             cost_table(found.costs),
             paragraph(
-                f"The targets: DoRA at most {DORA_LIMITS[0]:.2f} times LoRA's step time and {DORA_LIMITS[1]:.2f} times "
-                f"its memory, every other variant at most {LIMIT:.2f} times both after initialisation."
+                f"{_costs_about(found.costs)}The targets: DoRA at most {DORA_LIMITS[0]:.2f} times LoRA's step time and "
+                f"{DORA_LIMITS[1]:.2f} times its memory, every other variant at most {LIMIT:.2f} times both after "
+                "initialisation."
             ),
         ]
     return parts
@@ -206,7 +206,19 @@ def _size(outcome: Outcome) -> list[str]:
     ]
 
 
-def cost_table(costs: Mapping[str, Any]) -> str:
+def _costs_about(costs: Mapping[str, Record]) -> str:
+    """What the costs were measured with."""
+    whose: dict[str, list[str]] = {}
+    for name, cost in costs.items():
+        common, machine = cost["common"], cost["machine"]
+        told = f"{common['base']} in {machine['dtype']} on {machine['device']} ({machine['processor']}, "
+        told += f"{machine['threads']} threads), {common['batch']} rows a step, {len(cost['steps'])} pairs of blocks"
+        told += f", at commit {machine['commit']}" if machine.get("commit") else ""
+        whose.setdefault(told, []).append(METHODS[name].label)
+    return "".join(f"{', '.join(names)}: {told}. " for told, names in whose.items())
+
+
+def cost_table(costs: Mapping[str, Record]) -> str:
     """Step time and memory of each method against its reference."""
     rows = []
     for name in METHODS:

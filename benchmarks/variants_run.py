@@ -217,12 +217,19 @@ def general_answers(job: Job) -> Result:
         if answer.token_ids
     ]
     Path(job["general"]).write_text(json.dumps(texts))
+    return where(job)
+
+
+def where(job: Job) -> Result:
+    """What the runs compute in and on."""
+    from veneer.runtime import resolve_dtype
+
     on_cpu = torch.device(job["device"]).type == "cpu"
     processor = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name()
-    return {"dtype": str(base.dtype).removeprefix("torch."), "processor": processor}
+    return {"dtype": str(resolve_dtype(job["dtype"], job["device"])).removeprefix("torch."), "processor": processor}
 
 
-CONTESTANTS = {"general": general_answers, "base": untrained, "run": run}
+CONTESTANTS = {"general": general_answers, "where": where, "base": untrained, "run": run}
 
 if __name__ == "__main__":
     serve(CONTESTANTS)

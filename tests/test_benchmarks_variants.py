@@ -536,6 +536,7 @@ def test_dora_may_cost_more_time_than_the_others(name: str, step: float, memory:
 
 def cost(method: str, **changes: Any) -> Record:
     figures = {"step_ratio": 1.02, "step_low": 1.0, "step_high": 1.04, "memory_ratio": 0.9, "whole_ratio": 1.0}
+    figures |= {"steps": [1.0, 1.02, 1.04]}
     return {**record(method), "task": "cost", "reference": METHODS[method].reference, **figures, **changes}
 
 
@@ -565,6 +566,7 @@ def test_the_page_comes_from_the_records_alone(tmp_path: Path) -> None:
         "| the base |  |  |",
         "| DoRA | 0.001 | 3 |",
         "| EVA | some rows | VeneerError: no such init |",
+        "DoRA: a-model in bfloat16 on cpu (AVX512, 2 threads), 8 rows a step, 3 pairs of blocks.",
         "| r 4 |",
         "8 held-out rows chose",
     ):
