@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from veneer.adapters import LoraConfig, attach, dora, load_adapter, merge
+from veneer.adapters import LoraConfig, attach, load_adapter, merge, row_norm
 from veneer.adapters.layers import LoraLinear
 from veneer.errors import AdapterError
 from veneer.kernels.dropout import Dropout
@@ -62,7 +62,7 @@ def test_the_norm_is_that_of_the_dense_rows(stored, llama, gpt2):
         adapted = attach(base, CONFIG, seed=0)
     stir(adapted)
     for layer in layers(adapted.module):
-        norm = dora.row_norm(layer.adapters["default"], layer)
+        norm = row_norm.row_norm(layer.adapters["default"], layer)
         assert norm.dtype == torch.float32
         torch.testing.assert_close(norm.double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0)
 
@@ -109,15 +109,15 @@ def test_the_norm_is_computed_once_per_optimizer_step_and_not_in_evaluation(opti
     assert len(calls) == 2 * count
     for layer in layers(adapted.module):
         torch.testing.assert_close(
-            dora.row_norm(layer.adapters["default"], layer).double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0
+            row_norm.row_norm(layer.adapters["default"], layer).double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0
         )
 
 
 def counted(monkeypatch) -> list[int]:
     """Grows by one with every norm that is computed."""
     calls: list[int] = []
-    original = dora._row_norm
-    monkeypatch.setattr(dora, "_row_norm", lambda *args: (calls.append(1), original(*args))[1])
+    original = row_norm._row_norm
+    monkeypatch.setattr(row_norm, "_row_norm", lambda *args: (calls.append(1), original(*args))[1])
     return calls
 
 
@@ -141,12 +141,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("read_at_once", [True, False], ids=["cpu", "as on an accelerator"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_in_a_loop_of_ones_own_the_norm_follows_every_optimizer(optimizer, read_at_once, monkeypatch):
-    monkeypatch.setattr(dora, "_is_read_at_once", lambda device: read_at_once)
+    monkeypatch.setattr(row_norm, "_is_read_at_once", lambda device: read_at_once)
     torch.manual_seed(0)
     adapted = attach(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7, bias=False)), CONFIG, seed=0)
     x = torch.randn(5, 12)
     step = OPTIMIZERS[optimizer](adapted.parameters())
-    stale = [dora.row_norm(layer.adapters["default"], layer) for layer in layers(adapted.module)]
+    stale = [row_norm.row_norm(layer.adapters["default"], layer) for layer in layers(adapted.module)]
     for _ in range(2):
         adapted.module(x).square().sum().backward()
         step()
@@ -194,19 +194,19 @@ def test_one_number_that_changes_its_sign_is_seen():
         lambda: adapter.A.data.copy_(adapter.A.data.flip(1)),
         lambda: setattr(adapter.B, "data", adapter.B.data * 1.001),
     ):
-        before = dora.row_norm(adapter, layer).double()
+        before = row_norm.row_norm(adapter, layer).double()
         write()
         norm = dense(layer).norm(dim=1)
         assert (before - norm).abs().max() > 1e-4
-        torch.testing.assert_close(dora.row_norm(adapter, layer).double(), norm, rtol=2e-6, atol=0)
+        torch.testing.assert_close(row_norm.row_norm(adapter, layer).double(), norm, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_on_an_accelerator_a_backward_costs_a_norm_unless_writes_are_counted(counts, llama, ids, monkeypatch):
-    monkeypatch.setattr(dora, "_is_read_at_once", lambda device: False)
+    monkeypatch.setattr(row_norm, "_is_read_at_once", lambda device: False)
     adapted, calls = attach(llama(), CONFIG, seed=0), counted(monkeypatch)
     count = len(layers(adapted.module))
-    with dora.writes_are_counted() if counts else contextlib.nullcontext():
+    with row_norm.writes_are_counted() if counts else contextlib.nullcontext():
         for _ in range(3):  # micro-batches
             adapted.module(ids).logits.square().mean().backward()
         assert len(calls) == (0 if counts else 2 * count)
@@ -224,7 +224,7 @@ def test_under_autocast_the_norm_is_that_of_float32():
     (layer,) = layers(adapted.module)
     with torch.autocast("cpu", torch.bfloat16):
         adapted.module(torch.randn(3, 64))
-        norm = dora.row_norm(layer.adapters["default"], layer)
+        norm = row_norm.row_norm(layer.adapters["default"], layer)
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm.double(), dense(layer).norm(dim=1), rtol=2e-6, atol=0)
 

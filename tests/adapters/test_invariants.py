@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import attach, load_adapter, merge
 from veneer.adapters.config import PLAIN_INITS
-from veneer.adapters.dora import row_norm
+from veneer.adapters.row_norm import row_norm
 from veneer.data.pack import Batch
 from veneer.kernels.dropout import Dropout
 from veneer.models import fused, fused_attention

@@ -19,7 +19,8 @@ from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter
 from veneer.adapters.settings import AdaLoraConfig
 from veneer.errors import TrainError
 from veneer.train.optimizer import FlatAdamW
-from veneer.train.rank_budget import RankBudget, choose, schedule_of
+from veneer.train.rank_budget import RankBudget, choose
+from veneer.train.rank_schedule import schedule_of
 
 # PEFT talks on its own account.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")

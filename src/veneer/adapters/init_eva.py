@@ -9,15 +9,88 @@ B is zero, so the first output is the base's, and nothing has to be taken off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from veneer.adapters.init_svd import random_triplets
+from veneer.adapters.sample import Sample
+from veneer.adapters.settings import EvaConfig
+from veneer.adapters.watch import inputs_watched, shared_inputs
 
+Batch = TypeVar("Batch")
 _EXACT = 1024  # columns up to which all eigenvectors are computed; beyond, the first ones by eight random rounds
 _ROUNDS = 8
+
+
+def start(sample: Sample[Batch]) -> str:
+    """Starts the factors, and says how."""
+    adapted, name, layers = sample.adapted, sample.name, sample.layers
+    settings = sample.config.eva_config or EvaConfig()
+    assert isinstance(settings, EvaConfig)
+    ranks = {target.path: target.r for target in adapted.plans[name].lora if target.path in layers}
+    with torch.no_grad():
+        leaders = shared_inputs(layers, lambda: sample.loss(sample.batches[0]))
+        most = {path: min(math.floor(settings.rho * r), *layers[path][0].weight.shape) for path, r in ranks.items()}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for group in sample.groups({path: 4 * layers[path][0].in_features ** 2 for path in set(leaders.values())}):
+            followers = {p: [q for q, leader in leaders.items() if leader == p] for p in group}
+            counts = {p: max(most[q] for q in followers[p]) for p in group}
+            settle = {p: max(ranks[q] for q in followers[p]) for p in group}
+            seen = _directions(sample, group, counts, settle, settings.tau)
+            found |= {q: seen[p] for p in group for q in followers[p]}
+    rest = sample.rest(found)
+    found = {path: found[path] for path in ranks if path in found}  # in the model's order: ties go to the first
+    shared = share_ranks({p: found[p][1][: most[p]] for p in found}, sum(ranks[p] for p in found))
+    adapted.set_ranks(name, shared, keep_scaling=settings.adjust_scaling_factors)
+    for path in found:
+        adapter = sample.factors(path)
+        with torch.no_grad():
+            adapter.A.copy_(found[path][0][: adapter.r])
+            adapter.B.zero_()
+    used = len(set(leaders.values()))
+    spread = f"ranks from {min(shared.values())} to {max(shared.values())}, {sum(shared.values())} in all"
+    return f"eva: {len(found)} layers start along {used} different inputs; {spread}{rest}"
+
+
+def _directions(
+    sample: Sample[Batch], group: Sequence[str], counts: Mapping[str, int], settle: Mapping[str, int], tau: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The main directions of what each layer reads, and the variance that they explain.
+
+    After 1, 2, 4, 8, ... batches a layer whose first ``settle`` directions have turned by less than ``tau`` is done.
+    """
+    layers = {path: sample.layers[path] for path in group}
+    running = {path: Covariance() for path in layers}
+    last: dict[str, Tensor] = {}
+    done: dict[str, tuple[Tensor, Tensor]] = {}
+    mask: Tensor | None = None
+
+    def watch(path: str, x: Tensor) -> None:
+        if path not in done:
+            rows = x.reshape(-1, x.shape[-1])
+            chosen = mask is not None and len(mask) == len(rows) and bool(mask.any())
+            running[path].add(rows[mask.to(rows.device)] if chosen and mask is not None else rows)
+
+    with inputs_watched(layers, watch):
+        for number, batch in enumerate(sample.batches, start=1):
+            mask = sample.counted(batch)
+            sample.loss(batch)
+            if number & (number - 1):
+                continue
+            for path in layers.keys() - done.keys():
+                if running[path].count >= counts[path]:
+                    V, explained = running[path].directions(counts[path])
+                    now = V[: settle[path]]
+                    if path in last and bool(((now * last[path]).sum(1).abs() >= tau).all()):
+                        done[path] = V, explained
+                    last[path] = now
+            if len(done) == len(layers):
+                break
+    return done | {p: running[p].directions(counts[p]) for p in layers if p not in done and running[p].count}
 
 
 class Covariance:

@@ -9,11 +9,47 @@ As with PiSSA the base is not changed: :mod:`veneer.adapters.residual`.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from veneer.adapters.init import stream
 from veneer.adapters.init_svd import exact_triplets
+from veneer.adapters.model import KEY_PREFIX
+from veneer.adapters.sample import Sample
 from veneer.adapters.settings import LoraGaConfig
+from veneer.adapters.watch import gradients_watched
+
+Batch = TypeVar("Batch")
+
+
+def start(sample: Sample[Batch]) -> str:
+    """Starts the factors, and says how."""
+    layers, seed = sample.layers, sample.adapted.waiting[sample.name]
+    settings = sample.config.lora_ga_config or LoraGaConfig()
+    assert isinstance(settings, LoraGaConfig)
+    started: set[str] = set()
+    groups = list(sample.groups({path: 4 * layer[0].weight.shape.numel() for path, layer in layers.items()}))
+    for group in groups:
+        gradients: dict[str, Tensor] = {}
+        with torch.enable_grad(), gradients_watched({path: layers[path] for path in group}, gradients):
+            for batch in sample.batches:
+                value = sample.loss(batch)
+                if value.requires_grad:
+                    value.backward()  # type: ignore[no-untyped-call]  # torch's own
+        for path, gradient in gradients.items():
+            adapter, layer = sample.factors(path), layers[path][0]
+            key = f"{KEY_PREFIX}{path}.A"
+            A, B = gradient_factors(gradient, layer.rows(), adapter.r, adapter.scaling, settings, stream(seed, key))
+            with torch.no_grad():
+                adapter.A.copy_(A)
+                adapter.B.copy_(B)
+        started |= gradients.keys()
+    rest = sample.rest(started)
+    passes = f"{len(groups)} passes" if len(groups) > 1 else "one pass"
+    rank = f"its file is a plain LoRA of up to rank {2 * sample.config.r} for the untouched base"
+    return f"lora_ga: {len(started)} layers start along their gradients, in {passes}; {rank}{rest}"
 
 
 def gradient_factors(

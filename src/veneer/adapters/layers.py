@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.dora import KEY as MAGNITUDE
-from veneer.adapters.dora import square_norms
+from veneer.adapters.row_norm import square_norms
 from veneer.adapters.variant import Variant
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.frozen import has_own_forward

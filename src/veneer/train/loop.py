@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from veneer.adapters.dora import writes_are_counted
+from veneer.adapters.row_norm import writes_are_counted
 from veneer.data.dataset import TokenDataset
 from veneer.data.pack import Batch
 from veneer.errors import TrainError

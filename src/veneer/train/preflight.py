@@ -24,7 +24,7 @@ from veneer.models import Base
 from veneer.models.head import hidden_states
 from veneer.recipe import LOSS, DataRecipe, Recipe
 from veneer.train.distributed import World
-from veneer.train.rank_budget import schedule_of
+from veneer.train.rank_schedule import schedule_of
 from veneer.train.sampler import steps_per_epoch
 from veneer.train.schedule import warmup_steps
 from veneer.train.state import Plan
