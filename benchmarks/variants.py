@@ -352,12 +352,12 @@ def run(options: argparse.Namespace, results: Results, folder: Path) -> None:
     methods = chosen(options.methods)
     sources = [None] if options.data is None else [None, options.data]
     tasks = [prepare_task(options, data, folder / str(number)) for number, data in enumerate(sources)]
+    general = {**common, "general": str(folder / "general.json"), "folder": str(folder), "threads": options.threads}
     if options.cost:
-        machine = machine_of(options, in_process(MODULE, "where", {**common, "folder": str(folder)}))
+        machine = machine_of(options, in_process(MODULE, "where", general))
         methods = [METHODS[name] for name in options.methods]
         compare_costs(bench, tasks[-1], methods, options.rounds, options.block, machine)
         return
-    general = {**common, "general": str(folder / "general.json"), "folder": str(folder), "threads": options.threads}
     machine = machine_of(options, in_process(MODULE, "general", general))
     if not options.quick or options.estimate:
         say(estimate(bench, tasks, methods))
