@@ -42,7 +42,7 @@ from veneer.adapters.config import PLAIN_INITS
 from veneer.adapters.row_norm import row_norm
 from veneer.data.pack import Batch
 from veneer.kernels.dropout import Dropout
-from veneer.models import fused, fused_attention
+from veneer.models import fused, fused_attention, fused_layer, fused_mlp
 from veneer.models.head import answer_loss, hidden_states
 
 # PEFT and transformers talk about names and tied weights on their own account.
@@ -399,7 +399,7 @@ def test_09_fused_blocks_give_the_loss_and_gradients_of_the_models_own_code(
     name: str, stored: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: set[str] = set()
-    for home, operation in ((fused, "gated_mlp"), (fused_attention, "qkv_rope")):
+    for home, operation in ((fused_mlp, "gated_mlp"), (fused_attention, "qkv_rope"), (fused_layer, "add_rms_norm")):
         own = getattr(home, operation)
         monkeypatch.setattr(home, operation, lambda *a, own=own, name=operation: (called.add(name), own(*a))[1])
     ids = IDS[:1]
@@ -424,7 +424,7 @@ def test_09_fused_blocks_give_the_loss_and_gradients_of_the_models_own_code(
     for key, gradient in expected.items():
         torch.testing.assert_close(theirs[key], gradient, rtol=1e-3, atol=5e-5, msg=key)
         assert gradient is None or gradient.abs().max() > 5e-3
-    assert called == {"gated_mlp", "qkv_rope"}
+    assert called == {"gated_mlp", "qkv_rope", "add_rms_norm"}
 
 
 # 10. All that is trained gets a gradient, and nothing else moves

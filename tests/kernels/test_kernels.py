@@ -16,7 +16,14 @@ from veneer.kernels.attention import document_attention, document_attention_refe
 from veneer.kernels.gated_mlp import ACTIVATIONS, LowRankLinear, gated_mlp, gated_mlp_reference
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
-from veneer.kernels.rms_norm import Kept, rms_norm, rms_norm_reference
+from veneer.kernels.rms_norm import (
+    Kept,
+    add_rms_norm,
+    add_rms_norm_reference,
+    is_kept,
+    rms_norm,
+    rms_norm_reference,
+)
 
 DOUBLE = torch.float64
 
@@ -193,17 +200,28 @@ class TestGatedMlp:
 
 
 class TestRmsNorm:
-    def test_gradients_in_double_precision(self) -> None:
-        weight = randn(6)
-        assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, 1e-5), (randn(2, 5, 6, grad=True),))
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
+    def test_gradients_in_double_precision(self, offset: float) -> None:
+        weight, x, residual = randn(6), randn(2, 5, 6, grad=True), randn(2, 5, 6, grad=True)
+        assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, 1e-5, offset), (x,))
+        assert torch.autograd.gradcheck(lambda x, r: add_rms_norm(x, r, weight, 1e-5, offset), (x, residual))
+        assert torch.autograd.gradcheck(lambda x, r: add_rms_norm(is_kept(x * 1), r, weight, 1e-5), (x, residual))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_equals_the_reference(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
+    def test_equals_the_reference(self, dtype: torch.dtype, offset: float) -> None:
         weight = randn(64, dtype=dtype)
-        x = randn(3, 7, 64, grad=True, dtype=dtype)
         assert_same_as_reference(
-            lambda x: rms_norm(x, weight, 1e-6), lambda x: rms_norm_reference(x, weight.to(x.dtype), 1e-6), x
+            lambda x: rms_norm(x, weight, 1e-6, offset),
+            lambda x: rms_norm_reference(x, weight.to(x.dtype), 1e-6, offset),
+            randn(3, 7, 64, grad=True, dtype=dtype),
         )
+        for place in (0, 1):  # the sum, its norm
+            assert_same_as_reference(
+                lambda x, r, place=place: add_rms_norm(x, r, weight, 1e-6, offset)[place],
+                lambda x, r, place=place: add_rms_norm_reference(x, r, weight.to(x.dtype), 1e-6, offset)[place],
+                *(randn(3, 7, 64, grad=True, dtype=dtype) for _ in range(2)),
+            )
 
     def test_a_row_of_zeros_stays_finite(self) -> None:
         x = torch.zeros(2, 8, requires_grad=True)
@@ -412,6 +430,32 @@ def test_a_long_row_goes_through_the_mlp_by_tiles(monkeypatch: pytest.MonkeyPatc
     for got, want in zip(tiled, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert (all_rows, few_rows) == (46, 10)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_of_a_sum_whose_part_is_kept_anyway_the_parts_are_kept(apart: bool) -> None:
+    x, residual, weight = randn(5, 16, grad=True), randn(5, 16, grad=True), randn(16)
+    A, B, W = randn(4, 16, grad=True), randn(16, 4, grad=True), randn(16, 16)
+    saved: set[int] = set()
+
+    def note(t: Tensor) -> Tensor:
+        saved.add(t.data_ptr())
+        return t
+
+    part = is_kept(x * 1) if apart else x * 1
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        total, y = add_rms_norm(part, residual, weight, 1e-5)
+        out = total + lora_linear(y, W, None, A, B, 2.0)
+    assert {t.data_ptr() in saved for t in (part, residual)} == {apart}
+    assert (total.data_ptr() in saved) is not apart
+    assert y.data_ptr() not in saved
+    upstream = randn(5, 16)
+    plain = residual + part
+    want = plain + lora_linear_reference(rms_norm_reference(plain, weight, 1e-5), W, None, A, B, 2.0)
+    leaves = (x, residual, A, B)
+    grads = (torch.autograd.grad(t, leaves, upstream, retain_graph=True) for t in (out, want))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_an_output_of_a_norm_that_was_changed_is_kept_as_it_is() -> None:

@@ -19,7 +19,7 @@ from veneer.kernels.gated_mlp import _gated, _gated_grads
 from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
 from veneer.kernels.lora_linear import row_scale_grads
 from veneer.kernels.qkv_rope import _turn
-from veneer.kernels.rms_norm import rms_norm
+from veneer.kernels.rms_norm import add_rms_norm, rms_norm
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 ROUNDING = {BF16: 1e-2, FLOAT: 2e-6}
@@ -49,14 +49,19 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [BF16, FLOAT])
 class TestTheSameNumbers:
     @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 64), (1, 17)])
-    def test_rms_norm(self, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
+    def test_rms_norm(
+        self, dtype: torch.dtype, shape: tuple[int, ...], offset: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, dy, residual, dtotal = (torch.randn(shape).to(dtype) for _ in range(4))
         weight = torch.rand(shape[-1]).to(dtype)
 
         def compute() -> list[Tensor]:
-            leaf = x.clone().requires_grad_()
-            y = rms_norm(leaf, weight, 1e-5)
-            return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+            leaf, other = x.clone().requires_grad_(), residual.clone().requires_grad_()
+            y = rms_norm(leaf, weight, 1e-5, offset)
+            total, normed = add_rms_norm(leaf, other, weight, 1e-5, offset)
+            grads = torch.autograd.grad((total, normed), (leaf, other), (dtotal, dy))
+            return [y.detach(), *torch.autograd.grad(y, leaf, dy), total.detach(), normed.detach(), *grads]
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, ROUNDING[dtype])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.qkv_rope import qkv_rope, qkv_rope_reference
+from veneer.kernels.rms_norm import Norm
 
 DOUBLE = torch.float64
 HEADS, KEYS, SIZE, WIDTH, ROWS = 4, 2, 6, 10, 7
@@ -30,12 +31,15 @@ def operands(scaled: bool) -> list[Tensor]:
     return [t.requires_grad_() for t in found]
 
 
-def runner(function, biased: bool, dtype: torch.dtype = DOUBLE, length: float = 1.0):
+def runner(function, biased: bool, dtype: torch.dtype = DOUBLE, length: float = 1.0, normed: str = ""):
     torch.manual_seed(1)
     cos, sin = angles(dtype, length)
     sizes = [HEADS * SIZE, KEYS * SIZE, KEYS * SIZE]
     weights = [torch.randn(n, WIDTH, dtype=DOUBLE).to(dtype) for n in sizes]
     biases = [torch.randn(n, dtype=DOUBLE).to(dtype) if biased else None for n in sizes]
+
+    widths = {"": [], "head": [SIZE, SIZE], "all": sizes[:2]}[normed]
+    norms = [1 + 0.3 * torch.randn(n, dtype=DOUBLE).to(dtype) for n in widths]
 
     def run(x: Tensor, *t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         def wide(tensor: Tensor | None) -> Tensor | None:
@@ -45,28 +49,31 @@ def runner(function, biased: bool, dtype: torch.dtype = DOUBLE, length: float = 
         parts = [
             LowRankLinear(wide(weights[i]), wide(biases[i]), t[2 * i], t[2 * i + 1], 0.5 + i, g[i]) for i in range(3)
         ]
-        return function(x, *parts, wide(cos), wide(sin))
+        own = tuple(Norm(weight.to(x.dtype), 1e-5, float(i)) for i, weight in enumerate(norms)) or None
+        return function(x, *parts, wide(cos), wide(sin), own)
 
     return run
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("length", [1.0, 1.3])
-def test_gradients_in_double_precision(biased: bool, scaled: bool, length: float) -> None:
+@pytest.mark.parametrize(("length", "normed"), [(1.0, ""), (1.3, ""), (1.0, "head"), (1.3, "all")])
+def test_gradients_in_double_precision(biased: bool, scaled: bool, length: float, normed: str) -> None:
     torch.manual_seed(0)
     x, trained = torch.randn(ROWS, WIDTH, dtype=DOUBLE, requires_grad=True), operands(scaled)
-    assert torch.autograd.gradcheck(runner(qkv_rope, biased, length=length), (x, *trained))
+    assert torch.autograd.gradcheck(runner(qkv_rope, biased, length=length, normed=normed), (x, *trained))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_equals_the_reference(dtype: torch.dtype, biased: bool, scaled: bool) -> None:
+@pytest.mark.parametrize("normed", ["", "head", "all"])
+def test_equals_the_reference(dtype: torch.dtype, biased: bool, scaled: bool, normed: str) -> None:
     torch.manual_seed(0)
     x, trained = torch.randn(ROWS, WIDTH, dtype=DOUBLE).to(dtype).requires_grad_(), operands(scaled)
     wide = [t.detach().to(DOUBLE).requires_grad_() for t in (x, *trained)]
-    got, want = runner(qkv_rope, biased, dtype)(x, *trained), runner(qkv_rope_reference, biased, dtype)(*wide)
+    got = runner(qkv_rope, biased, dtype, normed=normed)(x, *trained)
+    want = runner(qkv_rope_reference, biased, dtype, normed=normed)(*wide)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     upstream = [torch.randn(w.shape, dtype=DOUBLE) for w in want]
     torch.autograd.backward(got, [u.to(dtype) for u in upstream])

@@ -23,7 +23,7 @@ from veneer.kernels.dropout import Dropout
 from veneer.kernels.gated_mlp import _gated, _gated_grads
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy
 from veneer.kernels.qkv_rope import _turn
-from veneer.kernels.rms_norm import rms_norm
+from veneer.kernels.rms_norm import add_rms_norm, rms_norm
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 ROUNDING = {BF16: 1e-2, FLOAT: 2e-6}
@@ -73,17 +73,20 @@ def assert_same(compute: Callable[[], list[Tensor]], tolerance: float, monkeypat
 @pytest.mark.parametrize("dtype", [BF16, FLOAT])
 class TestTheSameNumbers:
     @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 64), (1, 1)])
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
     def test_rms_norm(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+        self, shape: tuple[int, ...], offset: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         torch.manual_seed(0)
-        x, dy = (torch.randn(shape).to(device, dtype) for _ in range(2))
+        x, dy, residual, dtotal = (torch.randn(shape).to(device, dtype) for _ in range(4))
         weight = torch.rand(shape[-1]).to(device, dtype)
 
         def compute() -> list[Tensor]:
-            leaf = x.clone().requires_grad_()
-            y = rms_norm(leaf, weight, 1e-5)
-            return [y.detach(), *torch.autograd.grad(y, leaf, dy)]
+            leaf, other = x.clone().requires_grad_(), residual.clone().requires_grad_()
+            y = rms_norm(leaf, weight, 1e-5, offset)
+            total, normed = add_rms_norm(leaf, other, weight, 1e-5, offset)
+            grads = torch.autograd.grad((total, normed), (leaf, other), (dtotal, dy))
+            return [y.detach(), *torch.autograd.grad(y, leaf, dy), total.detach(), normed.detach(), *grads]
 
         assert_same(compute, ROUNDING[dtype], monkeypatch)
 
@@ -154,15 +157,15 @@ def test_logits_far_from_zero_and_what_is_no_number(device: str) -> None:
 
 
 CONSTANTS: dict[str, dict[str, Any]] = {
-    "_rms_norm": {"SIZE": 4096},
-    "_rms_norm_back": {"SIZE": 4096},
+    "_rms_norm": {"SIZE": 4096, "PLAIN": False, "MORE": True},
+    "_rms_norm_back": {"SIZE": 4096, "MORE": True},
     "_cross_entropy": {"GRAD": True, "WORDS": 8192, "PIECES": 16},
     "_turn": {"HALF": 64, "HEADS": 4},
     "_drop": {"ADD": True, "FLAT": 2048},
     "_gate_kernel": {"ACT": "gelu_tanh", "BACK": True, "FLAT": 2048},
 }
 POINTERS = {"rstd": "*fp32", "nll": "*fp32", "labels": "*i64", "correct": "*u8"}  # the others have the model's dtype
-TENSORS = {"e", "g", "m", "dg", "x", "w", "y", "dy", "dx", "z", "source", "out", "cos", "sin"}
+TENSORS = {"more", "total", "dmore", "e", "g", "m", "dg", "x", "w", "y", "dy", "dx", "z", "source", "out", "cos", "sin"}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -179,7 +182,7 @@ def test_each_kernel_compiles_for_a_gpu(name: str, arch: int, tmp_path: Path, mo
     types = {}
     for argument in kernel.arg_names:
         whole = "i64" if argument in ("count", "low", "high", "threshold") else "i32"
-        number = "fp32" if argument in ("eps", "scale", "sign") else whole
+        number = "fp32" if argument in ("eps", "scale", "sign", "offset") else whole
         kind = "*bf16" if argument in TENSORS else POINTERS.get(argument, number)
         types[argument] = "constexpr" if argument in constants else kind
     given = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}

@@ -198,16 +198,39 @@ def test_a_llama_is_recognised_and_keeps_its_parameter_names() -> None:
     model = tiny("Llama")
     before = [name for name, _ in model.named_parameters()]
     fused = fuse(model)
-    assert fused.swapped == {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert fused.swapped == {"LlamaAttention": 2, "LlamaDecoderLayer": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert not fused.left
+    assert "not fused" not in str(fused)
     assert [name for name, _ in model.named_parameters()] == before
     assert isinstance(model.model.layers[0].mlp, FusedGatedMlp)
     assert isinstance(model.model.norm, FusedRmsNorm)
 
 
-def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
-    model = tiny("Gemma")  # its weight is an offset from one
+@pytest.mark.parametrize(
+    ("family", "offset"), [("Llama", 0.0), ("Gemma", 1.0), ("Gemma2", 1.0), ("Gemma3", 1.0), ("Olmo2", 0.0)]
+)
+def test_a_norm_whose_weight_is_an_offset_from_one_is_found_to_be_that(family: str, offset: float) -> None:
+    model = tiny(family)
     fuse(model)
-    assert not any(isinstance(m, FusedRmsNorm) for m in model.modules())
+    norms = [m for m in model.modules() if isinstance(m, FusedRmsNorm)]
+    assert norms
+    assert {norm.offset for norm in norms} == {offset}
+
+
+def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
+    class OddRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    holder = nn.ModuleDict({"norm": OddRMSNorm()})
+    fused = fuse(holder)
+    assert isinstance(holder["norm"], OddRMSNorm)
+    assert fused.left == {"OddRMSNorm": 1}
+    assert "not fused: 1 OddRMSNorm" in str(fused)
 
 
 def test_a_padded_batch_gives_the_hidden_states_of_its_rows_alone() -> None:

@@ -10,13 +10,12 @@ from test_fused import packed, tiny
 from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraConfig, attach
-from veneer.models import fused as fused_module
-from veneer.models import fused_attention
+from veneer.models import fused_attention, fused_mlp
 from veneer.models.fused import fuse
 from veneer.models.head import answer_loss, hidden_states
 
-TAKEN = ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma2", "Granite"]
-LEFT_ALONE = ["Qwen3", "Gemma3", "Phi3", "Cohere", "Olmo2", "GPTNeoX", "GPT2"]
+TAKEN = ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma2", "Granite", "Qwen3", "Gemma3", "Phi3", "Olmo2"]
+LEFT_ALONE = ["Cohere", "GPTNeoX", "GPT2"]
 
 
 def fused_blocks(module: nn.Module) -> list[nn.Module]:
@@ -56,6 +55,7 @@ def test_loss_and_gradients_are_those_of_the_blocks_own_code(
     assert len(calls) == 2
     plain = tiny(family)
     monkeypatch.setattr("veneer.models.fused.fuse_attention", lambda block: False)
+    monkeypatch.setattr("veneer.models.fused.fuse_layer", lambda layer: False)
     fuse(plain)
     assert not fused_blocks(plain)
     expected, wanted = loss_and_gradients(adapted(plain, use_dora=use_dora))
@@ -78,14 +78,14 @@ def test_some_targets_and_several_adapters_are_fused_too(
             model.add(LoraConfig(r=2, lora_alpha=7, init_lora_weights=False), "second", seed=1)
             model.use("default", "second")
         calls = []
-        for where, name in ((fused_attention, "qkv_rope"), (fused_module, "gated_mlp")):
+        for where, name in ((fused_attention, "qkv_rope"), (fused_mlp, "gated_mlp")):
             original = getattr(where, name)
             monkeypatch.setattr(where, name, lambda *a, original=original: (calls.append(1), original(*a))[1])
         return *loss_and_gradients(model), len(calls)
 
     loss, gradients, calls = measured()
     assert calls == 4
-    for where in (fused_attention, fused_module):
+    for where in (fused_attention, fused_mlp):
         monkeypatch.setattr(where, "low_rank_of", lambda *_: None)
     expected, wanted, calls = measured()
     assert calls == 0
@@ -103,9 +103,9 @@ def test_attention_of_another_form_keeps_its_own_code(family: str) -> None:
 
 
 def test_what_the_block_tells_attention_is_taken_from_its_own_forward() -> None:
-    window = fused_blocks(fused("Mistral"))[0].__dict__[fused_attention._ATTRIBUTE]
+    window = fused_blocks(fused("Mistral"))[0].__dict__[fused_attention._ATTRIBUTE].arguments
     assert window["sliding_window"] == 5
-    first, second = (b.__dict__[fused_attention._ATTRIBUTE] for b in fused_blocks(fused("Gemma2")))
+    first, second = (b.__dict__[fused_attention._ATTRIBUTE].arguments for b in fused_blocks(fused("Gemma2")))
     assert first["softcap"] == second["softcap"] == 50.0
     assert (first["sliding_window"], second["sliding_window"]) == (5, None)  # they alternate
     assert first["scaling"] == 8**-0.5

@@ -107,7 +107,7 @@ def test_a_base_is_frozen_in_eval_mode_where_and_as_it_was_asked_for(tiny_base: 
     assert not any(part.training for part in base.module.modules())
     assert not any(parameter.requires_grad for parameter in base.module.parameters())
     assert base.module.config._attn_implementation == "veneer"
-    assert base.fused.swapped == {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert base.fused.swapped == {"LlamaAttention": 2, "LlamaDecoderLayer": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
 
 
 def test_sharded_weights_are_the_same_model(folder: Path, tiny_base: Path) -> None:

@@ -8,7 +8,7 @@ multiplier on a residual, or another order of norms, cannot be seen from the par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from veneer.kernels import native
 from veneer.kernels.decoder_step import DecoderStep, StepLayer, StepLinear, few_rows_linear
 from veneer.kernels.frozen import has_own_forward
 from veneer.kernels.lora_linear import scaled
-from veneer.models.fused import FusedGatedMlp, FusedRmsNorm
 from veneer.models.fused_attention import attention_arguments
+from veneer.models.fused_mlp import FusedGatedMlp
+from veneer.models.fused_norm import FusedRmsNorm
 
 MOST_ROWS = 128  # the most that was measured: there it takes 0.76 of the time
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -118,7 +119,7 @@ def _is_hooked(module: Any) -> bool:
 
 def _recognised(decoder: Any) -> DecoderStep | None:
     layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    if not layers or not isinstance(norm, FusedRmsNorm) or not hasattr(decoder, "rotary_emb"):
+    if not layers or not _is_plain_norm(norm) or not hasattr(decoder, "rotary_emb"):
         return None
     if not native.can_take(norm.weight, function="decoder_step"):
         return None
@@ -138,8 +139,10 @@ def _recognised(decoder: Any) -> DecoderStep | None:
 def _layer(layer: Any, last: FusedRmsNorm) -> StepLayer | None:
     if set(layer._modules) != _LAYER or not isinstance(layer.mlp, FusedGatedMlp) or layer.mlp.activation != "silu":
         return None
+    if not hasattr(layer.mlp, "gate_proj"):
+        return None
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(isinstance(n, FusedRmsNorm) and n.variance_epsilon == last.variance_epsilon for n in norms):
+    if not all(_is_plain_norm(n) and n.variance_epsilon == last.variance_epsilon for n in norms):
         return None
     attention, mlp = layer.self_attn, layer.mlp
     if attention_arguments(attention) is None:
@@ -152,6 +155,10 @@ def _layer(layer: Any, last: FusedRmsNorm) -> StepLayer | None:
             return None
         linears.append(operands)
     return StepLayer(norms[0].weight, norms[1].weight, *linears)
+
+
+def _is_plain_norm(norm: Any) -> TypeGuard[FusedRmsNorm]:
+    return isinstance(norm, FusedRmsNorm) and not norm.offset
 
 
 def _linear(layer: Any, like: Tensor) -> StepLinear | None:

@@ -171,19 +171,19 @@ class _GatedMlp(torch.autograd.Function):
         y = scale_rows(u, kd, bd)
         trains_a = any(ctx.needs_input_grad[i] for i in (8, 13))
         halves = (None, None) if recompute else (e, g)
-        kept_x = rows[:2] if trains_a or recompute else (None, None)
+        kept_x = rows[:3] if trains_a or recompute else (None, None, None)
         kept = (*kept_x, *halves, hh, hd, Ag, Bg, Au, Bu, Ad, Bd)
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
-        ctx.act, ctx.scalings, ctx.drops, ctx.eps = act, scalings, drops, rows.eps
+        ctx.act, ctx.scalings, ctx.drops, ctx.norm = act, scalings, drops, rows[3:]
         ctx.shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, norm, e0, g0, hh, hd, Ag, Bg, Au, Bu, Ad, Bd, kg, ku, kd, u = ctx.saved_tensors
-        source = Kept(rows, norm, ctx.eps)
+        rows, other, norm, e0, g0, hh, hd, Ag, Bg, Au, Bu, Ad, Bd, kg, ku, kd, u = ctx.saved_tensors
+        source = Kept(rows, other, norm, *ctx.norm)
         wg, wu, wd = ctx.weights
         sg, su, sd = ctx.scalings
         rank = len(Ag)

@@ -32,7 +32,7 @@ from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.matmul import Plain, Turned, Weight, as_tensor, factor_grad, sum_of_products
-from veneer.kernels.rms_norm import Kept
+from veneer.kernels.rms_norm import Kept, is_kept
 
 
 def lora_linear_reference(
@@ -89,6 +89,8 @@ def lora_linear(
         y = _RowScale.apply(y, row_scale)  # type: ignore[no-untyped-call]  # torch's own
         if y.requires_grad:
             y.grad_fn.version = y._version  # type: ignore[union-attr]  # its context: what it has kept is not changed
+        if bias is None and y.requires_grad:
+            return is_kept(unflattened(y, x))
         y = y if bias is None else y + bias
     return unflattened(y, x)
 
@@ -195,17 +197,17 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y, h = low_rank_forward(flat, weight, bias, scaled(A, scaling, x.dtype), B.to(x.dtype), drop)
-        kept_x = kept[:2] if ctx.needs_input_grad[3] else (None, None)
+        kept_x = kept[:3] if ctx.needs_input_grad[3] else (None, None, None)
         ctx.save_for_backward(*kept_x, h, A, B)
-        ctx.weight, ctx.scaling, ctx.drop, ctx.eps = weight, scaling, drop, kept.eps
+        ctx.weight, ctx.scaling, ctx.drop, ctx.norm = weight, scaling, drop, kept[3:]
         ctx.shape = x.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, norm, h, A, B = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
-        x = None if rows is None else Kept(rows, norm, ctx.eps).again()
+        rows, other, norm, h, A, B = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
+        x = None if rows is None else Kept(rows, other, norm, *ctx.norm).again()
         p, da, db = low_rank_grads(dy, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -218,10 +220,10 @@ class _LoraLinear(torch.autograd.Function):
     def again(ctx: Any) -> Tensor | None:
         """The output without a bias, just before the backward; None where x is not kept."""
         ctx.unpacked = ctx.saved_tensors  # under checkpointing they can be had once
-        rows, norm, h, _, B = ctx.unpacked
+        rows, other, norm, h, _, B = ctx.unpacked
         if rows is None:
             return None
-        x = Kept(rows, norm, ctx.eps).again()
+        x = Kept(rows, other, norm, *ctx.norm).again()
         return sum_of_products(Turned(x, ctx.weight), Turned(h, B.to(x.dtype)))
 
 

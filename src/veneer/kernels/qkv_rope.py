@@ -2,12 +2,13 @@
 
     q = R(x W_q^T + s x A_q^T B_q^T + b_q),  k likewise,  v without R    (Su et al. 2021, eq. 34; Hu et al. 2021, eq. 3)
 
-where ``R`` turns each pair of halves of a head: ``(u1, u2) -> (u1 c - u2 s, u2 c + u1 s)``. The rows of the three ``A``
-are stacked, so that x is read once; the rotation writes heads first, as attention reads them, with no copy in between.
+where ``R`` turns each pair of halves of a head: ``(u1, u2) -> (u1 c - u2 s, u2 c + u1 s)``. Some models have an RMSNorm
+before R, of each head (Qwen 3, Gemma 3) or of all heads of a token together (OLMo 2). The rows of the three ``A`` are
+stacked, so that x is read once; the rotation writes heads first, as attention reads them, with no copy in between.
 
-Kept for the backward: ``x`` once, or what a norm made it from (neither where every A is frozen), and the rank-r rows. A
-row scale needs each projection before its bias: where there is none, that is the output turned back, and attention
-keeps the output anyway.
+Kept for the backward: ``x`` once, or what a norm made it from (neither where every A is frozen), the rank-r rows, and
+what queries and keys were before their norm. A row scale needs each projection before its bias: where there is neither
+bias nor norm, that is the output turned back, and attention keeps the output anyway.
 Names: ``T`` rows, ``d`` width, ``H`` query heads, ``K`` key heads, ``D`` size of a head, ``r`` rank.
 """
 
@@ -32,46 +33,55 @@ from veneer.kernels.lora_linear import (
     scaled,
 )
 from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
-from veneer.kernels.rms_norm import Kept
+from veneer.kernels.rms_norm import Kept, Norm, normalised, normalised_back, rms_norm_reference
 
 Qkv = tuple[Tensor, Tensor, Tensor]
+Norms = tuple[Norm, Norm] | None
 
 
 def qkv_rope_reference(
-    x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor
+    x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor, norms: Norms = None
 ) -> Qkv:
     """The operation in plain PyTorch; the oracle of :func:`qkv_rope`."""
     x, size = x.reshape(-1, x.shape[-1]), cos.shape[-1]
 
-    def project(p: LowRankLinear) -> Tensor:
+    def project(p: LowRankLinear, norm: Norm | None = None) -> Tensor:
         y = lora_linear_reference(x, p.weight, p.bias, p.A, p.B, p.scaling, p.row_scale, p.drop)
-        return y.view(len(x), -1, size).transpose(0, 1)
+        if norm is not None:
+            y = rms_norm_reference(y.reshape(len(x), -1, len(norm.weight)), norm.weight, norm.eps, norm.offset)
+        return y.reshape(len(x), -1, size).transpose(0, 1)
 
     def turn(u: Tensor) -> Tensor:
         first, second = u.chunk(2, -1)
         return u * cos + torch.cat((-second, first), -1) * sin
 
-    return turn(project(q)), turn(project(k)), project(v)
+    of_q, of_k = norms or (None, None)
+    return turn(project(q, of_q)), turn(project(k, of_k)), project(v)
 
 
 @checked("projections and rotation", qkv_rope_reference, "x", "A", "B", "row_scale")
-def qkv_rope(x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor) -> Qkv:
+def qkv_rope(
+    x: Tensor, q: LowRankLinear, k: LowRankLinear, v: LowRankLinear, cos: Tensor, sin: Tensor, norms: Norms = None
+) -> Qkv:
     """Queries, keys and values of a row of tokens, rotated.
 
     Args:
         x: ``[..., d]`` in the base's dtype, ``T`` rows in all.
         q: ``d -> H D``; k and v: ``d -> K D``; all frozen.
         cos, sin: ``[T, D]`` of each position, in ``x``'s dtype; both halves of a row are the same.
+        norms: of queries and keys; a weight of ``[D]`` is for each head, one of ``[H D]`` (``[K D]``) for all together.
 
     Returns:
         ``[H, T, D]``, ``[K, T, D]`` and ``[K, T, D]``, contiguous.
     """
     if not q.drop == k.drop == v.drop:
         raise ValueError("the three read the same rows: they need one draw of dropout")
-    if not (q.frozen and k.frozen and v.frozen):
-        return qkv_rope_reference(x, q, k, v, cos, sin)
+    frozen = q.frozen and k.frozen and v.frozen and not any(norm.weight.requires_grad for norm in norms or ())
+    if not frozen:
+        return qkv_rope_reference(x, q, k, v, cos, sin, norms)
     flat = [t for p in (q, k, v) for t in p.operands(x.dtype)]
-    result: Qkv = _QkvRope.apply(x, cos, sin, (q.scaling, k.scaling, v.scaling), q.drop, Kept.of(x), *flat)  # type: ignore[no-untyped-call]  # torch's own
+    scalings = (q.scaling, k.scaling, v.scaling)
+    result: Qkv = _QkvRope.apply(x, cos, sin, scalings, q.drop, Kept.of(x), norms, *flat)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
@@ -101,6 +111,7 @@ class _QkvRope(torch.autograd.Function):
         scalings: tuple[float, float, float],
         drop: Dropout | None,
         source: Kept,
+        norms: Norms,
         *operands: Any,
     ) -> Qkv:
         weights, biases, As, Bs, scales = (operands[i::5] for i in range(5))
@@ -112,17 +123,28 @@ class _QkvRope(torch.autograd.Function):
         hh = sum_of_products(Turned(masked(x, drop), stacked))
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
+        normed: list[tuple[Tensor, Tensor] | tuple[None, None]] = []  # what a norm is of, and its rstd
         for i, h in enumerate(torch.split(hh, [B.shape[1] for B in Bs], 1)):
             bias = None if less_one[i] is not None else biases[i]
             u = sum_of_products(Turned(x, weights[i]), Turned(h, bs[i]), bias=bias)
-            y = scale_rows(u, less_one[i], biases[i]).view(rows, -1, size).transpose(0, 1)
+            y = scale_rows(u, less_one[i], biases[i])
+            normed.append((None, None))
+            if norms is not None and i < 2:
+                before = y.view(-1, len(norms[i].weight))
+                y, rstd = normalised(before, norms[i].weight, norms[i].eps, norms[i].offset)
+                normed[i] = before, rstd
+            y = y.view(rows, -1, size).transpose(0, 1)
             outs.append(_turn(y, cos, sin, y.new_empty(y.shape)) if i < 2 else y.contiguous())
             kept.append(u if less_one[i] is not None and biases[i] is not None else None)
-        trains_a = any(ctx.needs_input_grad[6 + 5 * i + 2] for i in range(3))
-        kept_x = source[:2] if trains_a else (None, None)
-        turned = [out if g is not None and u is None else None for out, g, u in zip(outs, less_one, kept)]
-        ctx.save_for_backward(*kept_x, hh, cos, sin, *As, *Bs, *less_one, *kept, *turned)
-        ctx.weights, ctx.scalings, ctx.drop, ctx.eps = weights, scalings, drop, source.eps
+        trains_a = any(ctx.needs_input_grad[7 + 5 * i + 2] for i in range(3))
+        kept_x = source[:3] if trains_a else (None, None, None)
+        turned = [
+            out if g is not None and u is None and before is None else None
+            for out, g, u, (before, _) in zip(outs, less_one, kept, normed)
+        ]
+        befores, rstds = zip(*normed)
+        ctx.save_for_backward(*kept_x, hh, cos, sin, *As, *Bs, *less_one, *kept, *turned, *befores, *rstds)
+        ctx.weights, ctx.scalings, ctx.drop, ctx.norm, ctx.norms = weights, scalings, drop, source[3:], norms
         ctx.shape = shape
         q, k, v = outs
         return q, k, v
@@ -130,16 +152,21 @@ class _QkvRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, norm, hh, cos, sin, *lists = ctx.saved_tensors
-        As, Bs, less_one, kept, outs = (lists[i : i + 3] for i in range(0, 15, 3))
+        rows, other, norm, hh, cos, sin, *lists = ctx.saved_tensors
+        As, Bs, less_one, kept, outs, befores, rstds = (lists[i : i + 3] for i in range(0, 21, 3))
         ranks = [len(A) for A in As]
         flats: list[Tensor] = []
         dBs: list[Tensor] = []
         dgs: list[Tensor | None] = []
         pp = torch.empty_like(hh)
         for i, (grad, h, p) in enumerate(zip(grads, torch.split(hh, ranks, 1), torch.split(pp, ranks, 1))):
-            flat = _rows_first(grad, cos, sin, turned=i < 2)
+            flat, before = _rows_first(grad, cos, sin, turned=i < 2), befores[i]
             z = kept[i] if outs[i] is None else _rows_first(outs[i], cos, sin, turned=i < 2, unit=True)
+            if before is not None:
+                weight, offset = ctx.norms[i].weight, ctx.norms[i].offset
+                dy = flat.view(before.shape)
+                flat = normalised_back(dy, before, rstds[i], weight, offset, in_place=True).view(flat.shape)
+                z = before.view(flat.shape) if z is None else z
             flat, dg = row_scale_grads(flat, z, less_one[i], in_place=True)
             del z
             flats.append(flat)
@@ -148,7 +175,7 @@ class _QkvRope(torch.autograd.Function):
             dBs.append(factor_grad(h, flat).t())
         dAs: list[Tensor | None] = [None] * 3
         if rows is not None:
-            x = Kept(rows, norm, ctx.eps).again()
+            x = Kept(rows, other, norm, *ctx.norm).again()
             dAA = torch.split(factor_grad(pp, masked(x, ctx.drop)), ranks)
             del x
             dAs = [dA.mul_(s) for dA, s in zip(dAA, ctx.scalings)]
@@ -158,7 +185,7 @@ class _QkvRope(torch.autograd.Function):
             dx = input_grad(*map(Plain, flats, ctx.weights), p=pp, sa=stacked, drop=ctx.drop).view(ctx.shape)
         cast = [None if t is None else t.to(master.dtype) for t, master in zip((*dAs, *dBs), (*As, *Bs))]
         operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
-        return dx, None, None, None, None, None, *operands
+        return dx, None, None, None, None, None, None, *operands
 
 
 def _rows_first(t: Tensor, cos: Tensor, sin: Tensor, turned: bool, unit: bool = False) -> Tensor:

@@ -30,14 +30,37 @@ def _warps(width: int) -> int:
     return max(1, min(16, int(triton.next_power_of_2(width)) // 512))
 
 
-def rms_norm(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, rows: int, width: int, eps: float) -> None:
-    size = triton.next_power_of_2(width)
-    _launch(_rms_norm, (rows,), x.get_device(), x, w, y, rstd, width, eps, SIZE=size, num_warps=_warps(width))
+def rms_norm(
+    x: Tensor,
+    more: Tensor | None,
+    total: Tensor | None,
+    w: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    rows: int,
+    width: int,
+    eps: float,
+    offset: float,
+) -> None:
+    given = (x, x if more is None else more, y if total is None else total, w, y, rstd, width, eps, offset)
+    options = {"SIZE": triton.next_power_of_2(width), "PLAIN": offset == 0.0, "MORE": more is not None}
+    _launch(_rms_norm, (rows,), x.get_device(), *given, **options, num_warps=_warps(width))
 
 
-def rms_norm_back(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, dx: Tensor, rows: int, width: int) -> None:
-    size = triton.next_power_of_2(width)
-    _launch(_rms_norm_back, (rows,), x.get_device(), dy, x, w, rstd, dx, width, SIZE=size, num_warps=_warps(width))
+def rms_norm_back(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    rstd: Tensor,
+    dmore: Tensor | None,
+    dx: Tensor,
+    rows: int,
+    width: int,
+    offset: float,
+) -> None:
+    given = (dy, x, w, rstd, dy if dmore is None else dmore, dx, width, offset)
+    options = {"SIZE": triton.next_power_of_2(width), "MORE": dmore is not None}
+    _launch(_rms_norm_back, (rows,), x.get_device(), *given, **options, num_warps=_warps(width))
 
 
 def cross_entropy(
@@ -85,32 +108,62 @@ def drop(x: Tensor, out: Tensor, count: int, seed: int, threshold: int, scale: f
 
 @triton.jit  # type: ignore  # no types
 def _rms_norm(
-    x: tl.tensor, w: tl.tensor, y: tl.tensor, rstd: tl.tensor, width: int, eps: float, SIZE: tl.constexpr
+    x: tl.tensor,
+    more: tl.tensor,
+    total: tl.tensor,
+    w: tl.tensor,
+    y: tl.tensor,
+    rstd: tl.tensor,
+    width: int,
+    eps: float,
+    offset: float,
+    SIZE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    MORE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < width
+    kind = y.dtype.element_ty
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        value += tl.load(more + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(kind).to(tl.float32)
+        tl.store(total + row * width + at, value.to(kind), mask=inside)
     r = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
     tl.store(rstd + row, r)
-    normed = (value * r).to(x.dtype.element_ty).to(tl.float32)
-    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * width + at, (normed * weight).to(y.dtype.element_ty), mask=inside)
+    normed = value * r
+    if PLAIN:
+        normed = normed.to(kind).to(tl.float32)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) + offset
+    tl.store(y + row * width + at, (normed * weight).to(kind), mask=inside)
 
 
 @triton.jit  # type: ignore  # no types
 def _rms_norm_back(
-    dy: tl.tensor, x: tl.tensor, w: tl.tensor, rstd: tl.tensor, dx: tl.tensor, width: int, SIZE: tl.constexpr
+    dy: tl.tensor,
+    x: tl.tensor,
+    w: tl.tensor,
+    rstd: tl.tensor,
+    dmore: tl.tensor,
+    dx: tl.tensor,
+    width: int,
+    offset: float,
+    SIZE: tl.constexpr,
+    MORE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < width
     r = tl.load(rstd + row)
     xhat = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) * r
-    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) + offset
     g = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32) * weight
     mean = tl.sum(g * xhat) / width
-    tl.store(dx + row * width + at, (r * (g - xhat * mean)).to(dx.dtype.element_ty), mask=inside)
+    value = r * (g - xhat * mean)
+    if MORE:
+        value += tl.load(dmore + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * width + at, value.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore  # no types

@@ -56,6 +56,16 @@ def _without_update(linear: Any) -> LowRankLinear:
     return LowRankLinear(weight, linear.bias, A, B, 1.0)
 
 
+def split_rows(joint: LowRankLinear, sizes: Sequence[int]) -> list[LowRankLinear]:
+    """A linear whose output is that of several side by side, ``sizes`` in all: each of them. Its weight is no codes."""
+
+    def parts(t: Any) -> Sequence[Any]:
+        return [None] * len(sizes) if t is None else torch.split(t, list(sizes))
+
+    rows = zip(parts(joint.weight), parts(joint.bias), parts(joint.B), parts(joint.row_scale))
+    return [replace(joint, weight=W, bias=b, B=B, row_scale=g) for W, b, B, g in rows]
+
+
 def zero_update(layer: Any) -> LowRankLinear:
     """The operands of a plain linear with an update of zero: for comparing a fused block with what it replaces."""
     weight = layer.weight

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from veneer.data.pack import Batch
 from veneer.errors import TrainError
 from veneer.kernels.heap import reuse_freed_memory
-from veneer.models.fused import FusedGatedMlp
+from veneer.models.fused_mlp import FusedGatedMlp
 from veneer.models.quantized_memory import free_bytes
 from veneer.train.noise import as_in_training
 from veneer.train.sft import Objective

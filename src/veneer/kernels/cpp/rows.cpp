@@ -40,25 +40,40 @@ static void cross_entropy(T* z, const i64* labels, float* nll, std::uint8_t* cor
 
 // ---- root-mean-square norm -----------------------------------------------------------------------------------------
 
+// y = x rstd (w + offset); given more, x is x + more, which is written to total. Without an offset x rstd is rounded.
 template <class T>
-static void rms_norm(const T* x, const T* w, T* y, float* rstd, i64 rows, i64 width, float eps, int threads) {
+static void rms_norm(const T* x, const T* more, T* total, const T* w, T* y, float* rstd, i64 rows, i64 width, float eps,
+                     float offset, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 i = 0; i < rows; i++) {
         const T* in = x + i * width;
         T* out = y + i * width;
+        if (more) {
+            const T* other = more + i * width;
+            T* both = total + i * width;
+#pragma omp simd
+            for (i64 j = 0; j < width; j++) put(both[j], get(in[j]) + get(other[j]));
+            in = both;
+        }
         Sum<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (i64 j = 0; j < width; j++) sum += Sum<T>(get(in[j])) * get(in[j]);
         float r = float(1 / std::sqrt(sum / width + eps));
         rstd[i] = r;
+        if (offset == 0.0f) {
 #pragma omp simd
-        for (i64 j = 0; j < width; j++) put(out[j], rounded<T>(get(in[j]) * r) * get(w[j]));
+            for (i64 j = 0; j < width; j++) put(out[j], rounded<T>(get(in[j]) * r) * get(w[j]));
+        } else {
+#pragma omp simd
+            for (i64 j = 0; j < width; j++) put(out[j], get(in[j]) * r * (get(w[j]) + offset));
+        }
     }
 }
 
+// Given dmore, dx is the sum of it and of the norm's gradient. dx may be dy.
 template <class T>
-static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd, T* dx, i64 rows, i64 width,
-                          int threads) {
+static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd, const T* dmore, T* dx, i64 rows,
+                          i64 width, float offset, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 i = 0; i < rows; i++) {
         const T *up = dy + i * width, *in = x + i * width;
@@ -66,10 +81,18 @@ static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd
         Sum<T> sum = 0;
         float r = rstd[i];
 #pragma omp simd reduction(+ : sum)
-        for (i64 j = 0; j < width; j++) sum += Sum<T>(get(up[j]) * get(w[j])) * (get(in[j]) * r);
+        for (i64 j = 0; j < width; j++) sum += Sum<T>(get(up[j]) * (get(w[j]) + offset)) * (get(in[j]) * r);
         float mean = float(sum / width);
+        if (dmore) {
+            const T* other = dmore + i * width;
 #pragma omp simd
-        for (i64 j = 0; j < width; j++) put(out[j], r * (get(up[j]) * get(w[j]) - get(in[j]) * r * mean));
+            for (i64 j = 0; j < width; j++)
+                put(out[j], r * (get(up[j]) * (get(w[j]) + offset) - get(in[j]) * r * mean) + get(other[j]));
+        } else {
+#pragma omp simd
+            for (i64 j = 0; j < width; j++)
+                put(out[j], r * (get(up[j]) * (get(w[j]) + offset) - get(in[j]) * r * mean));
+        }
     }
 }
 
@@ -274,13 +297,13 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
                                            i64 width, float scale, i64 grad, int threads) {                            \
         cross_entropy<T>(z, labels, nll, correct, rows, width, scale, grad, threads);                                  \
     }                                                                                                                  \
-    extern "C" void rms_norm_##suffix(const T* x, const T* w, T* y, float* rstd, i64 rows, i64 width, float eps,       \
-                                      int threads) {                                                                   \
-        rms_norm<T>(x, w, y, rstd, rows, width, eps, threads);                                                         \
+    extern "C" void rms_norm_##suffix(const T* x, const T* more, T* total, const T* w, T* y, float* rstd, i64 rows,    \
+                                      i64 width, float eps, float offset, int threads) {                               \
+        rms_norm<T>(x, more, total, w, y, rstd, rows, width, eps, offset, threads);                                    \
     }                                                                                                                  \
-    extern "C" void rms_norm_back_##suffix(const T* dy, const T* x, const T* w, const float* rstd, T* dx, i64 rows,    \
-                                           i64 width, int threads) {                                                   \
-        rms_norm_back<T>(dy, x, w, rstd, dx, rows, width, threads);                                                    \
+    extern "C" void rms_norm_back_##suffix(const T* dy, const T* x, const T* w, const float* rstd, const T* dmore,     \
+                                           T* dx, i64 rows, i64 width, float offset, int threads) {                    \
+        rms_norm_back<T>(dy, x, w, rstd, dmore, dx, rows, width, offset, threads);                                     \
     }                                                                                                                  \
     extern "C" void turn_##suffix(const T* in, T* out, const T* cos, const T* sin, i64 heads, i64 rows, i64 size,      \
                                   i64 in_head, i64 in_row, i64 out_head, i64 out_row, float sign, int threads) {       \
