@@ -33,20 +33,27 @@ def test_the_mask_is_the_hash(seed: int) -> None:
     assert drop.mask(200).tolist() == [hashed(i, seed) >= int(0.3 * 2**32) for i in range(200)]
 
 
+def test_rows_in_parts_have_the_mask_that_they_have_together() -> None:
+    x, drop = torch.ones(150, 257), Dropout(0.3, 7)
+    parts = [drop.of(x[:1]), drop.after(1).of(x[1:90]), drop.after(1).after(89).of(x[90:])]
+    assert torch.equal(torch.cat(parts), drop.of(x))
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (130, 257)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_native_code_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, ...], threads: int) -> None:
+@pytest.mark.parametrize("rows", [0, 5, 2**32 // 257])
+def test_native_code_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, ...], threads: int, rows: int) -> None:
     x, total = torch.randn(2, *shape).to(dtype).unbind()
-    drop, before = Dropout(0.1, 77 * 2**33 + 5), torch.get_num_threads()
+    drop, before = Dropout(0.1, 77 * 2**33 + 5).after(rows), torch.get_num_threads()
     torch.set_num_threads(threads)
     ours = drop.of(x), drop.add(total.clone(), x)
     torch.set_num_threads(before)
     with native.left_out():
         plain = drop.of(x), drop.add(total.clone(), x)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain))
-    kept = drop.mask(x.numel()).view(shape)
+    kept = drop.mask(x.numel(), first=rows * shape[-1]).view(shape)
     assert torch.equal(ours[0] != 0, kept)
 
 

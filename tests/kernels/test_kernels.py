@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.kernels import attention
 from veneer.kernels.attention import document_attention, document_attention_reference
+from veneer.kernels.dropout import Dropout
 from veneer.kernels.gated_mlp import ACTIVATIONS, LowRankLinear, gated_mlp, gated_mlp_reference
 from veneer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
@@ -400,12 +401,15 @@ def test_attention_by_documents_is_the_same(key_heads: int, prefix: int) -> None
     assert_same_as_reference(fused, plain, q, k, v)
 
 
-def test_a_long_row_goes_through_the_mlp_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def linear(out: int, width: int) -> LowRankLinear:
+@pytest.mark.parametrize("drops", [(None, None), (Dropout(0.3, 5), Dropout(0.2, 6))])
+def test_a_long_row_goes_through_the_mlp_by_tiles(
+    drops: tuple[Dropout | None, Dropout | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def linear(out: int, width: int, drop: Dropout | None) -> LowRankLinear:
         A, B = randn(4, width, grad=True), randn(out, 4, grad=True)
-        return LowRankLinear(randn(out, width), None, A, B, 2.0)
+        return LowRankLinear(randn(out, width), None, A, B, 2.0, drop=drop)
 
-    parts = linear(40, 16), linear(40, 16), linear(16, 40)
+    parts = linear(40, 16, drops[0]), linear(40, 16, drops[0]), linear(16, 40, drops[1])
     x = randn(2, 23, 16, grad=True)
     leaves = [x, *(t for p in parts for t in (p.A, p.B))]
     upstream = randn(2, 23, 16)

@@ -13,6 +13,7 @@ import torch
 from native_pairs import assert_near, both
 from torch import Tensor
 
+from veneer.errors import UsageError
 from veneer.kernels import native
 from veneer.kernels.attention import document_attention, document_attention_reference
 from veneer.kernels.gated_mlp import _gated, _gated_grads
@@ -214,11 +215,11 @@ def test_scores_and_logits_far_from_zero_do_not_overflow() -> None:
 @needs_native
 def test_only_plain_contiguous_tensors_of_one_dtype_are_taken() -> None:
     x = torch.randn(4, 6)
-    assert native.can_take(x, torch.nn.Parameter(x))
-    assert not native.can_take(x.T)
-    assert not native.can_take(x, x.to(BF16))
-    assert not native.can_take(x.double())
-    assert not native.can_take(x.to("meta"))
+    assert native.can_take(x, torch.nn.Parameter(x), function="drop")
+    assert not native.can_take(x.T, function="drop")
+    assert not native.can_take(x, x.to(BF16), function="drop")
+    assert not native.can_take(x.double(), function="drop")
+    assert not native.can_take(x.to("meta"), function="drop")
 
 
 class TestWithoutTheLibrary:
@@ -238,6 +239,34 @@ class TestWithoutTheLibrary:
     def test_it_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VENEER_KERNELS", "torch")
         assert self.works_without() == "PyTorch alone: VENEER_KERNELS=torch"
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+    def test_some_functions_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(8)
+
+        def calls() -> int:
+            before = native.calls
+            (grad,) = torch.autograd.grad(rms_norm(x, weight, 0.0), x, torch.ones(2, 8))
+            torch.testing.assert_close(grad, torch.zeros(2, 8), rtol=0, atol=1e-6)
+            return native.calls - before
+
+        assert calls() == 2
+        monkeypatch.setenv("VENEER_KERNELS", "torch:turn")
+        assert calls() == 2
+        monkeypatch.setenv("VENEER_KERNELS", "torch:turn, rms_norm")
+        assert calls() == 0
+        assert native.can_take(weight, function="gate_silu")
+        assert native.description() == "native code beside PyTorch, but for turn, rms_norm (VENEER_KERNELS)"
+
+    @pytest.mark.parametrize(
+        ("setting", "said"),
+        [("torhc", "'torhc' is no setting"), ("torch:norm", "no function is called 'norm'"), ("torch:", "called ''")],
+    )
+    def test_another_setting_is_refused(self, setting: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VENEER_KERNELS", setting)
+        with pytest.raises(UsageError, match=said) as failure:
+            rms_norm(torch.ones(2, 8), torch.ones(8), 0.0)
+        assert "rms_norm" in str(failure.value)
 
     @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
     @pytest.mark.skipif(os.environ.get("VENEER_KERNELS") == "torch", reason="VENEER_KERNELS=torch")

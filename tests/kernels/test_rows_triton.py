@@ -134,14 +134,15 @@ class TestTheSameNumbers:
         assert_same(compute, max(same_bits(dtype, device), 1e-6 if dtype == FLOAT else 0.0), monkeypatch)
 
     @pytest.mark.parametrize("seed", [0, 77 * 2**33 + 5, 2**62 - 1])
+    @pytest.mark.parametrize("rows", [0, 3, 2**32 // 17])
     def test_dropout_has_the_same_mask(
-        self, seed: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+        self, seed: int, rows: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         torch.manual_seed(0)
         x, total = torch.randn(2, 13, 17).to(device, dtype).unbind()
-        drop = Dropout(0.3, seed)
+        drop = Dropout(0.3, seed).after(rows)
         assert_same(lambda: [drop.of(x), drop.add(total.clone(), x)], same_bits(dtype, device), monkeypatch)
-        assert torch.equal(drop.of(x) != 0, drop.mask(x.numel(), device).view(x.shape))
+        assert torch.equal(drop.of(x) != 0, drop.mask(x.numel(), device, rows * 17).view(x.shape))
 
 
 def test_logits_far_from_zero_and_what_is_no_number(device: str) -> None:

@@ -58,7 +58,7 @@ class NativeStep:
     def __call__(self, tokens: Tensor, positions: Tensor, layers: Sequence[BufferLayer], mask: Tensor | None) -> Tensor:
         """Logits ``[B, V]`` of the tokens ``[B]`` at ``positions [B, 1]``; their keys and values join the cache."""
         hidden = self._hidden(tokens, positions, [layer.grown() for layer in layers], layers[0].length - 1, mask)
-        if type(self._head) is nn.Linear and native.can_take(self._head.weight, hidden):
+        if type(self._head) is nn.Linear and native.can_take(self._head.weight, hidden, function="few_rows"):
             return few_rows_linear(hidden, self._head.weight, self._head.bias)
         logits: Tensor = self._head(hidden)
         return logits
@@ -169,7 +169,9 @@ def _linear(layer: Any, like: Tensor) -> StepLinear | None:
     if not adapted and (type(layer) is not nn.Linear or has_own_forward(layer)):
         return None
     weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, Tensor) or not native.can_take(like, weight, *([] if bias is None else [bias])):
+    if not isinstance(weight, Tensor) or not native.can_take(
+        like, weight, *([] if bias is None else [bias]), function="decoder_step"
+    ):
         return None
     factors = layer.active_factors() if adapted else []
     if not factors:

@@ -7,7 +7,7 @@ device, in every dtype and with any number of threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,15 +24,21 @@ class Dropout:
     Attributes:
         p: the probability of zero, from 0 to below 1.
         seed: from 0 to below 2^63.
+        row: of the first row that it is applied to, in the rows that the mask is of.
     """
 
     p: float
     seed: int
+    row: int = 0
 
     @classmethod
     def drawn(cls, p: float) -> Dropout | None:
         """A new draw, from torch's own generator; None where nothing is dropped."""
         return cls(p, int(torch.randint(2**62, (1,)))) if p else None
+
+    def after(self, rows: int) -> Dropout:
+        """The same draw where so many rows have gone before."""
+        return replace(self, row=self.row + rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` with the mask over its elements; differentiable."""
@@ -47,9 +53,9 @@ class Dropout:
         """``total + mask(x)`` in the place of ``total``; outside of autograd."""
         return self._into(x, total, add=True)
 
-    def mask(self, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """``[count]`` bool: what stays of the first elements."""
-        h = torch.arange(count, device=device)
+    def mask(self, count: int, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
+        """``[count]`` bool: what stays of the elements from ``first`` on."""
+        h = torch.arange(first, first + count, device=device)
         h = _mixed((h & _BITS) ^ (self.seed & _BITS) ^ (h >> 32))
         return _mixed((h + (self.seed >> 32)) & _BITS) >= self._threshold
 
@@ -58,11 +64,11 @@ class Dropout:
         return int(self.p * 2**32)
 
     def _into(self, x: Tensor, out: Tensor, add: bool) -> Tensor:
-        scale = 1 / (1 - self.p)
-        if native.can_take(x, out):
-            native.call("drop", x, out, x.numel(), self.seed, self._threshold, scale, int(add))
+        scale, first = 1 / (1 - self.p), self.row * x.shape[-1]
+        if native.can_take(x, out, function="drop"):
+            native.call("drop", x, out, x.numel(), self.seed, self._threshold, scale, int(add), first)
             return out
-        dropped = torch.where(self.mask(x.numel(), x.device).view(x.shape), x * scale, 0)
+        dropped = torch.where(self.mask(x.numel(), x.device, first).view(x.shape), x * scale, 0)
         return out.add_(dropped) if add else out.copy_(dropped)
 
 

@@ -116,8 +116,7 @@ def gated_mlp(
         gate, up: linears ``d -> f``; down: ``f -> d``; ranks may differ.
         act: one of :data:`ACTIVATIONS`.
         recompute: compute ``gate(x)`` and ``up(x)`` again in the backward instead of keeping them. It then goes by
-            tiles of :data:`TILE` rows, and nothing of size ``[T, f]`` exists; but not with dropout, whose mask counts
-            all rows.
+            tiles of :data:`TILE` rows, and nothing of size ``[T, f]`` exists.
 
     Returns:
         ``[..., d]`` in ``x``'s dtype.
@@ -129,14 +128,15 @@ def gated_mlp(
     flat = [t for p in (gate, up, down) for t in p.operands(x.dtype)]
     scalings, drops = (gate.scaling, up.scaling, down.scaling), (gate.drop, down.drop)
 
-    def apply(x: Tensor, source: Kept) -> Tensor:
-        result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, drops, source, *flat)  # type: ignore[no-untyped-call]  # torch's
+    def apply(x: Tensor, source: Kept, before: int = 0) -> Tensor:
+        own = tuple(None if drop is None else drop.after(before) for drop in drops)
+        result: Tensor = _GatedMlp.apply(x, act, recompute, scalings, own, source, *flat)  # type: ignore[no-untyped-call]  # torch's
         return result
 
-    if not recompute or x.numel() <= TILE * x.shape[-1] or any(drops):
+    if not recompute or x.numel() <= TILE * x.shape[-1]:
         return unflattened(apply(x, Kept.of(x)), x)
     parts = zip(torch.split(x.reshape(-1, x.shape[-1]), TILE), Kept.of(x).split(TILE))
-    return unflattened(torch.cat([apply(*part) for part in parts]), x)
+    return unflattened(torch.cat([apply(*part, TILE * number) for number, part in enumerate(parts)]), x)
 
 
 def _projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:

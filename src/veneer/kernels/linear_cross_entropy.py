@@ -111,7 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), step):
             part, label = rows[start : start + step], labels[start : start + step, None]
             logits = torch.nn.functional.linear(part, weight, bias)
-            if softcap is None and native.can_take(logits):  # the logits become their gradient in place
+            # The logits become their gradient in place.
+            if softcap is None and native.can_take(logits, function="cross_entropy"):
                 chunk = slice(start, start + step)
                 outputs = nll[chunk], correct[chunk]
                 native.call("cross_entropy", logits, label, *outputs, *logits.shape, logit_scale, int(wants_grad))

@@ -3,7 +3,8 @@
 The C++ is compiled once for this processor where there is a compiler, else it is not there; the library lies in the
 cache folder under a name made of its source, the compiler and the processor. Functions take contiguous tensors in
 float32 or bfloat16, and trust their callers with shapes. ``VENEER_KERNELS=torch`` in the environment leaves all of it
-out: every operation has its PyTorch code as well, and gives the same numbers to rounding.
+out, ``VENEER_KERNELS=torch:softmax,turn`` some of it (:data:`FUNCTIONS`): every operation has its PyTorch code as well,
+and gives the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import UsageError
 from veneer.files import cache_dir
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fopenmp")
 # The object refers to OpenMP without naming a library for it: it takes the one that torch has loaded, and its threads.
 LINK = ("-shared", "-Wl,-z,undefs")
+# What can be left out by name, each with its variants: "gate" is gate_silu and gate_gelu_tanh.
+_NAMES = "attention cross_entropy decode4 decoder_step drop few_rows gate matmul outer rms_norm scale_back softmax turn"
+FUNCTIONS = tuple(_NAMES.split())
 calls = 0  # how many functions were called so far
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -38,12 +43,14 @@ class Missing(Exception):
     """Why there is no library."""
 
 
-def can_take(*tensors: Tensor, function: str = "") -> bool:
-    """Whether there are functions for tensors like these: plain, on one device, of one dtype, contiguous.
+def can_take(*tensors: Tensor, function: str) -> bool:
+    """Whether there is a function for tensors like these: plain, on one device, of one dtype, contiguous.
 
-    Args:
-        function: one that not every processor has, or not every device.
+    Raises:
+        UsageError: ``VENEER_KERNELS`` is none of its values.
     """
+    if _is_left_out(function):
+        return False
     dtype, device = tensors[0].dtype, tensors[0].device
     if dtype not in _SUFFIXES or not all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.device == device and t.is_contiguous()
@@ -52,9 +59,9 @@ def can_take(*tensors: Tensor, function: str = "") -> bool:
         return False
     if device.type == "cuda":
         on_gpu = gpu_functions()
-        return on_gpu is not None and (not function or hasattr(on_gpu, function))
+        return on_gpu is not None and hasattr(on_gpu, function)
     found = library() if device.type == "cpu" else None
-    return found is not None and (not function or hasattr(found, f"{function}_{_SUFFIXES[dtype]}"))
+    return found is not None and hasattr(found, f"{function}_{_SUFFIXES[dtype]}")
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
@@ -87,8 +94,36 @@ def _as_c(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int6
 
 def description() -> str:
     """What the operations run on, in words."""
-    found = _found()
-    return f"PyTorch alone: {found}" if isinstance(found, Missing) else "native code beside PyTorch"
+    found, names = _found(), _left_out(_setting())
+    but = f", but for {', '.join(names)} (VENEER_KERNELS)" if names else ""
+    return f"PyTorch alone: {found}" if isinstance(found, Missing) else f"native code beside PyTorch{but}"
+
+
+def _setting() -> str:
+    return os.environ.get("VENEER_KERNELS", "")
+
+
+@functools.cache
+def _left_out(setting: str) -> tuple[str, ...]:
+    """The functions that ``VENEER_KERNELS`` names; none where it leaves out all of them, or nothing.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    kind, colon, listed = setting.partition(":")
+    names = tuple(name.strip() for name in listed.split(",")) if colon else ()
+    wrong = next((name for name in names if name not in FUNCTIONS), None)
+    if kind not in ("", "torch") or (colon and not kind) or wrong is not None:
+        raise UsageError(
+            f"no function is called '{wrong}'" if wrong is not None else f"'{setting}' is no setting",
+            where="the environment, VENEER_KERNELS",
+            fix=f"set it to torch, or to torch: and some of {', '.join(FUNCTIONS)}",
+        )
+    return names
+
+
+def _is_left_out(function: str) -> bool:
+    return any(function == name or function.startswith(f"{name}_") for name in _left_out(_setting()))
 
 
 @contextlib.contextmanager
@@ -107,7 +142,7 @@ _wanted = True
 
 def gpu_functions() -> ModuleType | None:
     """Those for a GPU; None where they are not wanted or there is no Triton."""
-    return _triton() if _wanted and os.environ.get("VENEER_KERNELS") != "torch" else None
+    return _triton() if _wanted and _setting() != "torch" else None
 
 
 @functools.cache
@@ -142,7 +177,7 @@ def built(sources: Sequence[Path], flags: tuple[str, ...], link: tuple[str, ...]
         Missing: it is not wanted, or cannot be compiled.
         OSError: the cache folder cannot be written.
     """
-    if os.environ.get("VENEER_KERNELS") == "torch":
+    if _setting() == "torch":
         raise Missing("VENEER_KERNELS=torch")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:

@@ -87,7 +87,7 @@ def qkv_rope(
 
 def _turn(u: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """``R u`` of ``u [heads, T, D]`` into ``out``; ``back`` turns by the opposite angle, which is the gradient."""
-    if native.can_take(cos, sin) and u.dtype == cos.dtype and u.stride(-1) == out.stride(-1) == 1:
+    if native.can_take(cos, sin, function="turn") and u.dtype == cos.dtype and u.stride(-1) == out.stride(-1) == 1:
         strides = (*u.stride()[:2], *out.stride()[:2])
         native.call("turn", u, out, cos, sin, *u.shape, *strides, -1.0 if back else 1.0)
         return out

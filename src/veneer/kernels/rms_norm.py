@@ -123,7 +123,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def normalised(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """The output ``[..., d]``, and ``rstd [..., 1]``; outside of autograd."""
-    if native.can_take(x, weight):
+    if native.can_take(x, weight, function="rms_norm"):
         out, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         native.call("rms_norm", x, None, None, weight, out, rstd, rstd.numel(), x.shape[-1], eps, float(offset))
         return out, rstd
@@ -136,7 +136,7 @@ def normalised(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Te
 
 def _sum_normalised(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, ...]:
     """The sum, its norm, and ``rstd``."""
-    if not native.can_take(x, residual, weight):
+    if not native.can_take(x, residual, weight, function="rms_norm"):
         total = residual + x
         return total, *normalised(total, weight, eps, offset)
     total, out, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
@@ -160,7 +160,7 @@ def normalised_back(
         more: what is added to it.
         in_place: write it over ``dy``, which must be the caller's own.
     """
-    if native.can_take(dy, x, weight, *(() if more is None else (more,))):
+    if native.can_take(dy, x, weight, *(() if more is None else (more,)), function="rms_norm_back"):
         dx = dy if in_place else torch.empty_like(x)
         native.call("rms_norm_back", dy, x, weight, rstd, more, dx, rstd.numel(), x.shape[-1], float(offset))
         return dx

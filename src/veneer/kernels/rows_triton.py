@@ -100,8 +100,8 @@ def _gate(act: str, e: Tensor, g: Tensor, m: Tensor, dg: Tensor | None, count: i
 gate_silu, gate_gelu_tanh = functools.partial(_gate, "silu"), functools.partial(_gate, "gelu_tanh")
 
 
-def drop(x: Tensor, out: Tensor, count: int, seed: int, threshold: int, scale: float, add: int) -> None:
-    arguments = (x, out, count, seed & 0xFFFFFFFF, seed >> 32, threshold, scale)
+def drop(x: Tensor, out: Tensor, count: int, seed: int, threshold: int, scale: float, add: int, begin: int) -> None:
+    arguments = (x, out, count, seed & 0xFFFFFFFF, seed >> 32, threshold, scale, begin)
     options = {"ADD": bool(add), "FLAT": FLAT, "enable_fp_fusion": False}
     _launch(_drop, (triton.cdiv(count, FLAT),), x.get_device(), *arguments, **options)
 
@@ -286,7 +286,7 @@ def _mixed(h: tl.tensor) -> tl.tensor:
     return h ^ (h >> 16)
 
 
-@triton.jit(do_not_specialize=["low", "high", "threshold"])  # type: ignore  # no types
+@triton.jit(do_not_specialize=["low", "high", "threshold", "begin"])  # type: ignore  # no types
 def _drop(
     x: tl.tensor,
     out: tl.tensor,
@@ -295,12 +295,14 @@ def _drop(
     high: tl.tensor,
     threshold: tl.tensor,
     scale: float,
+    begin: tl.tensor,
     ADD: tl.constexpr,
     FLAT: tl.constexpr,
 ) -> None:
     place = tl.program_id(0).to(tl.int64) * FLAT + tl.arange(0, FLAT)
     inside = place < count
-    h = _mixed(place.to(tl.uint32) ^ low.to(tl.uint32) ^ (place >> 32).to(tl.uint32))
+    number = place + begin
+    h = _mixed(number.to(tl.uint32) ^ low.to(tl.uint32) ^ (number >> 32).to(tl.uint32))
     stays = _mixed(h + high.to(tl.uint32)) >= threshold.to(tl.uint32)
     kind = out.dtype.element_ty
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)

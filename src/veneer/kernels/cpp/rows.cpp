@@ -104,17 +104,18 @@ static inline std::uint32_t mixed(std::uint32_t h) {
     return h ^ (h >> 16);
 }
 
-// out = mask(x), or out + mask(x).
+// out = mask(x), or out + mask(x), of the elements that the mask counts from `begin` on.
 template <class T>
-static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, int threads) {
+static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, i64 begin, int threads) {
     const std::uint32_t low = std::uint32_t(seed), high = std::uint32_t(seed >> 32), least = std::uint32_t(threshold);
     constexpr i64 CHUNK = 1 << 14;  // within one, the upper half of the index does not change
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 first = 0; first < count; first += CHUNK) {
+    for (i64 chunk = begin / CHUNK * CHUNK; chunk < begin + count; chunk += CHUNK) {
+        const i64 first = chunk < begin ? begin : chunk, end = begin + count;
         const std::uint32_t start = std::uint32_t(first), upper = std::uint32_t(first >> 32);
-        const T* from = x + first;
-        T* to = out + first;
-        const int size = int(count - first < CHUNK ? count - first : CHUNK);
+        const T* from = x + (first - begin);
+        T* to = out + (first - begin);
+        const int size = int((end - chunk < CHUNK ? end : chunk + CHUNK) - first);
 #pragma omp simd
         for (int i = 0; i < size; i++) {
             std::uint32_t h = mixed(mixed((start + std::uint32_t(i)) ^ low ^ upper) + high);
@@ -314,8 +315,8 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
         scale_back<T>(dy, z, less_one, out, sums, rows, width, threads);                                               \
     }                                                                                                                  \
     extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
-                                  int threads) {                                                                       \
-        drop<T>(x, out, count, seed, threshold, scale, add, threads);                                                  \
+                                  i64 begin, int threads) {                                                            \
+        drop<T>(x, out, count, seed, threshold, scale, add, begin, threads);                                           \
     }                                                                                                                  \
     extern "C" void gate_silu_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {       \
         gate<T, silu>(e, g, m, dg, count, back, threads);                                                              \
