@@ -28,6 +28,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -296,6 +297,14 @@ def main() -> None:
         parser.error(f"--steps must be more than {WARM_UP}: the first {WARM_UP} are not timed")
     if options.rows % options.batch:
         parser.error("--rows must be a multiple of --batch, so that every step has a full batch")
+    for peer in peers:
+        package, interpreter = peer.partition("-")[0], python.get(peer, sys.executable)
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
+        if subprocess.run([interpreter, "-c", look], check=False).returncode:
+            parser.error(
+                f"{package} is not installed for {interpreter}: install it there, leave it out of --peers, or name "
+                f"another interpreter with --python {peer}=PATH"
+            )
     with tempfile.TemporaryDirectory(prefix="veneer-benchmark-") as folder:
         rows = Path(folder) / "rows.jsonl"
         if options.data is None:

@@ -85,6 +85,7 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--peers", "axolotl"], "unknown peer"),
+        (["--peers", "litgpt"], "litgpt is not installed for"),
         (["--steps", "2"], "must be more than 2"),
         (["--rows", "10"], "multiple of --batch"),
         (["--python", "trl=python"], "'trl' is none of litgpt, llamafactory"),

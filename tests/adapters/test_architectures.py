@@ -122,7 +122,7 @@ def test_the_table_says_what_was_left_out_and_how_to_have_it():
     said = str(attach(tiny_models.HYBRID["jamba"](), LoraConfig(r=4)).coverage)
     assert "not adapted: conv1d (2 x [64, 1, 4]): a convolution; modules_to_save: [conv1d]" in said
     assert (
-        "not adapted: A_log (2 x [64, 4]): a parameter of the recurrence; modules_to_save: [mamba], all of it" in said
+        "not adapted: A_log (2 x [64, 4]): a parameter of the recurrence; in full by modules_to_save: [A_log]" in said
     )
     said = str(attach(tiny_models.VISION["llava"](), LoraConfig(r=4)).coverage)
     assert re.search(r"not adapted: model\.vision_tower \(\d+ matrices\): outside of the language model", said)
@@ -186,7 +186,12 @@ def test_a_target_that_cannot_be_adapted_is_refused_by_its_reason_and_the_names_
     [
         ({"layers_to_transform": [9]}, "left with no linear layer", "layers_to_transform", "the layers are 0 to 1"),
         ({"exclude_modules": ".*"}, "left with no linear layer", "exclude_modules", "exclude fewer modules"),
-        ({"target_modules": ["A_log"]}, "a parameter of BambaMixer and no layer", "target_modules", r"\[mamba\]"),
+        (
+            {"target_modules": ["A_log"]},
+            "a parameter of BambaMixer and no layer",
+            "target_modules",
+            r"modules_to_save: \[A_log\]",
+        ),
     ],
 )
 def test_a_choice_that_leaves_nothing_is_refused_by_what_took_it_all(settings, what, where, fix):
@@ -221,10 +226,3 @@ def test_a_rank_that_some_matrix_cannot_have_is_said_but_not_of_routers():
     assert warnings_of(adapted) == [expected]
     assert f"note: {expected}" in str(adapted.coverage)
     assert warnings_of(attach(tiny_models.MOE["qwen2-moe"](), LoraConfig(r=8))) == []
-
-
-@pytest.mark.parametrize("name", ["A_log", "D", "dt_bias", "0.mamba.A_log"])
-def test_a_parameter_cannot_be_saved_by_itself_and_its_module_is_named(name):
-    with pytest.raises(AdapterError, match="is a parameter of BambaMixer and no module") as caught:
-        resolve(tiny_models.HYBRID["bamba"](), LoraConfig(r=4, modules_to_save=[name]))
-    assert "save its whole module: mamba" in str(caught.value)

@@ -15,9 +15,17 @@ from torch import Tensor
 from veneer.adapters import LoraConfig, attach
 from veneer.data.pack import Batch
 from veneer.errors import TrainError
-from veneer.models import load_base
+from veneer.models import fuse, load_base
 from veneer.train import activations
-from veneer.train.activations import LEVELS, choose_level, gradient_checkpointing, growth, kept_bytes
+from veneer.train.activations import (
+    LEVELS,
+    all_blocks,
+    choose_blocks,
+    gradient_checkpointing,
+    growth,
+    kept_bytes,
+    said_of,
+)
 from veneer.train.sft import sft
 
 
@@ -29,6 +37,16 @@ def batch_of(tokens: int) -> Batch:
 @pytest.fixture
 def module(tiny_base: Path) -> Any:
     return attach(load_base(tiny_base, dtype="float32", device="cpu"), LoraConfig(r=4), seed=0).module
+
+
+@pytest.fixture
+def deep() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    module = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_hidden_layers=6, **size)).requires_grad_(False)
+    fuse(module)
+    return attach(module, LoraConfig(r=4), seed=0).module
 
 
 def gradients(module: Any, batch: Batch) -> list[Tensor]:
@@ -80,23 +98,51 @@ def test_measuring_leaves_nothing_behind(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "level", "says"),
+    ("share", "mlps", "layers", "says"),
     [
-        (1.5, "none", None),
-        (0.8, "mlp", "gated MLPs are"),
-        (0.74, "full", "every layer is"),  # one of its two layers is whole again in the backward
-        (0.01, "full", "may not fit"),
+        (1.5, 0, 0, None),
+        (0.95, 1, 0, "those of 1 of 6 gated MLPs computed twice"),
+        (0.8, 4, 0, "those of 4 of 6 gated MLPs"),
+        (0.6, 3, 3, "those of 3 of 6 layers and 3 of 6 gated MLPs"),
+        (0.4, 1, 5, "those of 5 of 6 layers and 1 of 6 gated MLPs"),
+        (0.01, 0, 6, "may not fit"),
     ],
 )
-def test_auto_takes_the_least_that_fits(
-    module: Any, monkeypatch: pytest.MonkeyPatch, share: float, level: str, says: str | None
+def test_auto_takes_the_fewest_that_fit_and_the_first_of_the_model(
+    deep: Any, monkeypatch: pytest.MonkeyPatch, share: float, mlps: int, layers: int, says: str | None
 ) -> None:
-    tokens = 200_000
-    need = growth(torch.device("cpu")) * kept_bytes(module, sft, batch_of(64)) / 64 * tokens + activations.WORKING
-    monkeypatch.setattr(activations, "free_bytes", lambda device: int(share * need / activations.SPARE))
-    found, note = choose_level("auto", module, sft, batch_of(64), tokens)
-    assert found == level
+    tokens, batch = 2_000_000, batch_of(64)
+
+    def need(kept: int) -> float:
+        return growth(torch.device("cpu")) * kept / 64 * tokens + activations.WORKING
+
+    free = int(share * need(kept_bytes(deep, sft, batch)) / activations.SPARE)
+    monkeypatch.setattr(activations, "free_bytes", lambda device: free)
+    found, note = choose_blocks("auto", deep, sft, batch, tokens)
     assert (note is None) if says is None else says in str(note)
+    every = list(deep.model.layers)
+    assert len(found) == layers + mlps
+    assert set(found) == {*every[:layers], *(layer.mlp for layer in every[layers : layers + mlps])}
+    with gradient_checkpointing(deep, found):
+        kept = kept_bytes(deep, sft, batch)
+    if share > 0.01:
+        assert need(kept) <= activations.SPARE * free
+        if layers == 0 and mlps:
+            with gradient_checkpointing(deep, found[:-1]):
+                assert need(kept_bytes(deep, sft, batch)) > activations.SPARE * free
+
+
+def test_layers_that_keep_nothing_are_not_computed_twice(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer has no adapter, and nothing before it is trained."""
+    base = load_base(tiny_base, dtype="float32", device="cpu")
+    module: Any = attach(base, LoraConfig(r=4, layers_to_transform=[1]), seed=0).module
+    batch = batch_of(64)
+    need = growth(torch.device("cpu")) * kept_bytes(module, sft, batch) / 64 * 10**6 + activations.WORKING
+    monkeypatch.setattr(activations, "free_bytes", lambda device: int(0.95 * need / activations.SPARE))
+    found, note = choose_blocks("auto", module, sft, batch, 10**6)
+    assert found == [module.model.layers[1].mlp]
+    assert "1 of 2 gated MLPs" in str(note)
+    assert said_of(module, []) == "kept from the forward to the backward"
 
 
 def test_what_the_recipe_says_is_done_and_an_unknown_amount_refuses_nothing(
@@ -104,7 +150,8 @@ def test_what_the_recipe_says_is_done_and_an_unknown_amount_refuses_nothing(
 ) -> None:
     monkeypatch.setattr(activations, "free_bytes", lambda device: None)
     for wanted, level in ((True, "full"), (False, "none"), ("mlp", "mlp"), ("auto", "none")):
-        assert choose_level(wanted, module, sft, batch_of(8), 10**9) == (level, None)
+        every = all_blocks(module, level)  # type: ignore[arg-type]  # they are levels
+        assert choose_blocks(wanted, module, sft, batch_of(8), 10**9) == (every, None)
 
 
 def test_a_model_without_such_blocks_says_so() -> None:
@@ -120,7 +167,7 @@ def test_a_run_that_does_not_fit_says_what_it_does_instead(
     monkeypatch.setattr(activations, "free_bytes", lambda device: 1000)
     _, watcher = small_run("short", train=train, explain=True)
     assert any("it may not fit; lower train.micro_batch_tokens" in text for text in watcher.warnings)
-    assert any("computed twice; each layer keeps its input" in text for _, text in watcher.messages)
+    assert any("those of 2 of 2 layers computed twice" in text for _, text in watcher.messages)
     assert lines(tmp_path / "short") == lines(tmp_path / "plain")
     small_run("mlp", train={**train, "gradient_checkpointing": "mlp"})
     assert lines(tmp_path / "mlp") == lines(tmp_path / "plain")

@@ -73,6 +73,10 @@ def coverage(root: nn.Module, plan: Plan) -> Coverage:
     for path in plan.saved:
         how[path] = ("whole", sum(p.numel() for p in modules[path].parameters()))
     groups: dict[tuple[str, str], list[str]] = {}
+    for path, names in plan.parameters:
+        for name in names:
+            how[f"{path}.{name}"] = ("whole", modules[path]._parameters[name].numel())  # type: ignore[union-attr]  # it has them
+            groups.setdefault((name, f"a parameter of {type(modules[path]).__name__}"), []).append(f"{path}.{name}")
     for stack in plan.experts:
         _, width_out, width_in = stack_of(modules[stack.path], stack.parameter).shape
         chosen = stack.count if stack.experts is None else len(stack.experts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.model import AdaptedModel
-from veneer.adapters.slots import places, slots
+from veneer.adapters.slots import places, slots, take_off
 from veneer.errors import AdapterError
 from veneer.quant import QuantizedLinear
 
@@ -76,8 +76,7 @@ def merge(adapted: AdaptedModel, *, name: str | None = None) -> nn.Module:
                     fix="check the adapter's training for NaN, or load the base in bfloat16 or float32",
                 )
     for _, slot in found:
-        for parent, attribute in hanging[id(slot)]:
-            setattr(parent, attribute, slot.base_layer)
+        take_off(slot, hanging[id(slot)])
     changed = {id(slot.base_layer): change["weight"] for (_, slot), change in zip(found, changes) if "weight" in change}
     plain = _dequantize(merged, changed)
     ties = _ties(merged)

@@ -25,7 +25,8 @@ from veneer.adapters.ranks import with_plan_ranks, with_ranks
 from veneer.adapters.read_weight import let_read
 from veneer.adapters.router import LoraRouter
 from veneer.adapters.saved import SavedModule
-from veneer.adapters.slots import SLOTS, Slot, base_modules, places
+from veneer.adapters.saved_parameters import SavedParameters
+from veneer.adapters.slots import SLOTS, Slot, base_modules, places, take_off
 from veneer.adapters.start import Originals, fill_factors
 from veneer.adapters.targets import Plan, inside, resolve
 from veneer.adapters.tokens import TokenEmbedding, TokenHead, TokenRows
@@ -210,7 +211,7 @@ class AdaptedModel:
                 module = modules[path]
                 slot = kind(module, **options)  # type: ignore[arg-type]  # _check_places has seen that the kinds fit
                 slot.train(module.training)
-                for parent, attribute in hanging[id(module)]:
+                for parent, attribute in () if kind is SavedParameters else hanging[id(module)]:  # which hangs in it
                     setattr(parent, attribute, slot)
                     let_read(parent, attribute)
                 self._slots[path] = slot
@@ -244,6 +245,8 @@ class AdaptedModel:
                 slot_at(token.path, TokenHead).follow(name, rows)
         for path in plan.saved:
             slot_at(path, SavedModule).add(name)
+        for path, keys in plan.parameters:
+            slot_at(path, SavedParameters).add(name, keys)
         order = {path: index for index, path in enumerate(modules)}
         self._slots = dict(sorted(self._slots.items(), key=lambda item: order[item[0]]))
         self.configs[name], self.plans[name] = config, plan
@@ -259,7 +262,7 @@ class AdaptedModel:
         for path, slot in self._slots.items():
             here = [n for n in names if n in slot.adapters]
             own = [n for n in here if isinstance(slot, LoraLinear) and slot.own_codes((n,)) is not None]
-            if (isinstance(slot, SavedModule) and len(here) > 1) or len(own) > 1:
+            if (isinstance(slot, SavedModule | SavedParameters) and len(here) > 1) or len(own) > 1:
                 raise AdapterError(f"adapters {here} both replace this module", where=path, fix="use one of them")
             if isinstance(slot, (TokenEmbedding, TokenHead)):
                 ids = [i for n in here for i in slot.adapters[n].ids.tolist()]  # type: ignore[operator]  # untyped
@@ -408,8 +411,7 @@ class AdaptedModel:
             if isinstance(slot, (TokenHead, LoraLinear)):
                 slot.followed.discard(name)
             if not slot.adapters:
-                for parent, attribute in where[id(slot)]:
-                    setattr(parent, attribute, slot.base_layer)
+                take_off(slot, where[id(slot)])
                 del self._slots[path]
         del self.configs[name], self.plans[name]
         self.waiting.pop(name, None)
@@ -482,9 +484,14 @@ class AdaptedModel:
         for token in plan.tokens:
             kinds[token.path] = TokenEmbedding if isinstance(modules[token.path], nn.Embedding) else TokenHead
         kinds.update(dict.fromkeys(plan.saved, SavedModule))
+        kinds.update((path, SavedParameters) for path, _ in plan.parameters)
         fix = "give both adapters the same kind of change there, or take the other one off first"
         for path, kind in kinds.items():
             for other, slot in self._slots.items():
+                holds = kind is SavedParameters and inside(other, (path,))
+                holds |= isinstance(slot, SavedParameters) and inside(path, (other,))
+                if path != other and holds:
+                    continue  # what holds parameters may have other slots inside
                 apart = path != other and not inside(path, (other,)) and not inside(other, (path,))
                 if not apart and not (path == other and isinstance(slot, kind)):
                     names = ", ".join(slot.adapters)

@@ -61,6 +61,12 @@ def not_in_peft(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str]:
         elif config.use_dora and has_stacks(modules) and last in _EXPERT_NAMES:
             found.setdefault("takes them for the experts, and with DoRA they have no other name", []).append(last)
     lines = []
+    if plan.parameters:
+        held = ", ".join(dict.fromkeys(name for _, names in plan.parameters for name in names))
+        lines.append(
+            f"PEFT will not compute this adapter as it is trained here: it has no place for {held}, which are "
+            "parameters and no modules. For other programs merge it (veneer merge)"
+        )
     for why, names in found.items():
         some = list(dict.fromkeys(names))
         lines.append(

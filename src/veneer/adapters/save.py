@@ -88,6 +88,8 @@ def save_adapter(
         record["experts"] = {t.path: list(t.experts or range(t.count)) for t in plan.experts}
     if config.lora_dropout:
         record["lora_dropout"] = config.lora_dropout
+    if plan.parameters:  # PEFT's format has no place for them
+        record["parameters_to_save"] = [f"{path}.{name}" for path, names in plan.parameters for name in names]
     if beyond := not_in_peft(adapted.module, config, plan):
         record["not_in_peft"] = beyond
         for line in beyond:
@@ -182,7 +184,9 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         data, tensors = as_plain(data, tensors, where=str(path))
     config = LoraConfig.from_dict(data, where=str(folder / CONFIG))
     recorded = read_record(folder)
-    kept = {key: recorded[key] for key in ("experts", "lora_dropout") if key in recorded}
+    kept: dict[str, Any] = {key: recorded[key] for key in ("experts", "lora_dropout") if key in recorded}
+    if "parameters_to_save" in recorded:
+        kept["modules_to_save"] = [*(config.modules_to_save or ()), *recorded["parameters_to_save"]]
     return (dataclasses.replace(config, **kept) if kept else config), tensors
 
 

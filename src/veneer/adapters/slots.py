@@ -9,11 +9,12 @@ from torch import nn
 from veneer.adapters.experts import LoraExperts
 from veneer.adapters.layers import LoraEmbedding, LoraLinear
 from veneer.adapters.saved import SavedModule
+from veneer.adapters.saved_parameters import SavedParameters
 from veneer.adapters.tokens import TokenEmbedding, TokenHead
 
 # Each has base_layer, adapters, active, tensors(name) and merged(names).
-Slot = LoraLinear | LoraEmbedding | LoraExperts | TokenEmbedding | TokenHead | SavedModule
-SLOTS = (LoraLinear, LoraEmbedding, LoraExperts, TokenEmbedding, TokenHead, SavedModule)
+Slot = LoraLinear | LoraEmbedding | LoraExperts | TokenEmbedding | TokenHead | SavedModule | SavedParameters
+SLOTS = (LoraLinear, LoraEmbedding, LoraExperts, TokenEmbedding, TokenHead, SavedModule, SavedParameters)
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -29,7 +30,7 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         found[path] = module
         for name, child in module._modules.items():
-            if child is not None:
+            if child is not None and not isinstance(child, SavedParameters):
                 visit(f"{path}.{name}" if path else name, child)
 
     visit("", root)
@@ -37,10 +38,19 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """The slots of ``root`` with their paths in the base."""
+    """The slots of ``root`` with their paths in the base: for parameters that of the module that holds them."""
     for path, module in root.named_modules():
         if isinstance(module, SLOTS):
-            yield path, module
+            yield (path.rpartition(".")[0] if isinstance(module, SavedParameters) else path), module
+
+
+def take_off(slot: Slot, hanging: list[tuple[nn.Module, str]]) -> None:
+    """Puts the base's own module back into the place of a slot, wherever it hangs."""
+    if isinstance(slot, SavedParameters):
+        slot.take_off()
+        return
+    for parent, attribute in hanging:
+        setattr(parent, attribute, slot.base_layer)
 
 
 def places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

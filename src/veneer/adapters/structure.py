@@ -222,7 +222,7 @@ def _bare_parts(path: str, module: nn.Module) -> Iterator[LeftOut]:
             if name == "weight":
                 yield _part(full, parameter, "a convolution", f"modules_to_save: [{last}]")
         elif carries_state(module):
-            yield _part(full, parameter, "a parameter of the recurrence", f"modules_to_save: [{last}], all of it")
+            yield _part(full, parameter, "a parameter of the recurrence", f"in full by modules_to_save: [{name}]")
         elif dimensions == 3:
             part = _part(full, parameter, *_of_stack(last, module, name))
             yield replace(part, family=f"{last}.{name}" if name != "weight" else ".".join(path.split(".")[-2:]))

@@ -17,6 +17,8 @@ from veneer.adapters.combinations import no_router
 from veneer.adapters.config import ALL_LINEAR, LoraConfig
 from veneer.adapters.expert_targets import named_parameters, resolve_experts
 from veneer.adapters.experts import ExpertTarget
+from veneer.adapters.saved_targets import ends_with, held_parameters, owner_of, resolve_saved
+from veneer.adapters.saved_targets import inside as inside
 from veneer.adapters.slots import SLOTS, base_modules
 from veneer.adapters.structure import Kind, LeftOut, has_few_rows, is_product, kind_of, left_out
 from veneer.adapters.structure import output_heads as output_heads
@@ -53,6 +55,7 @@ class Plan:
     unmatched: tuple[str, ...]  # entries of the config that change nothing; only where the resolution was not strict
     experts: tuple[ExpertTarget, ...] = ()
     notes: tuple[str, ...] = ()  # what all-linear did otherwise than a reader of the config would think
+    parameters: tuple[tuple[str, tuple[str, ...]], ...] = ()  # modules, and which of their own tensors are trained
 
 
 def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> Plan:
@@ -73,7 +76,7 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
             raise error
         unmatched.append(error.what)
 
-    saved = _resolve_saved(modules, config, from_file, miss)
+    saved, parameters = resolve_saved(modules, config, from_file, miss)
     tokens = _resolve_tokens(root, modules, config, from_file)
     free = {path: module for path, module in modules.items() if path and not inside(path, saved)}
     named = named_parameters(free, config.target_parameters or (), miss)
@@ -82,16 +85,16 @@ def resolve(root: nn.Module, config: LoraConfig, *, from_file: bool = False) -> 
     if not from_file:  # another program's file may have other factors in each place
         lora = _tied(lora, modules)
     _check_overlaps({target.path for target in lora}, tokens, saved)
-    if not lora and not experts and not tokens and not saved:
+    if not (lora or experts or tokens or saved or parameters):
         raise AdapterError("the adapter changes no module", where="LoraConfig", fix="name modules that the base has")
-    return Plan(lora, tokens, saved, tuple(unmatched), experts, notes)
+    return Plan(lora, tokens, saved, tuple(unmatched), experts, notes, parameters)
 
 
 def name_matches(pattern: str | Sequence[str], path: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, path) is not None
-    return any(_ends_with(path, entry) for entry in pattern)
+    return any(ends_with(path, entry) for entry in pattern)
 
 
 def target_matches(config: LoraConfig, target_modules: str | Sequence[str], path: str) -> bool:
@@ -106,15 +109,6 @@ def target_matches(config: LoraConfig, target_modules: str | Sequence[str], path
 def pattern_for(patterns: Iterable[str], path: str) -> str | None:
     """The first key of ``rank_pattern`` or ``alpha_pattern`` that decides for ``path``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
-def inside(path: str, parents: Collection[str]) -> bool:
-    """Whether ``path`` is one of ``parents`` or lies below one."""
-    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
-
-
-def _ends_with(path: str, entry: str) -> bool:
-    return path == entry or path.endswith(f".{entry}")
 
 
 def _layer_index(config: LoraConfig, path: str) -> int | None:
@@ -264,11 +258,12 @@ def _report_unmatched_targets(
             miss(AdapterError(f"target_modules '{config.target_modules}' matches no module", where=where, fix=fix))
         return
     for entry in config.target_modules:
-        if any(_ends_with(path, entry) for path in chosen):
+        if any(ends_with(path, entry) for path in chosen):
             continue
-        if not _any_ends_with(modules, entry) and (owner := _owner_of(entry, modules)) is not None:
+        if not _any_ends_with(modules, entry) and (owner := owner_of(entry, modules)) is not None:
             what = f"target module '{entry}' is a parameter of {type(modules[owner]).__name__} and no layer"
-            fix = f"train its whole module: modules_to_save: [{owner.rpartition('.')[2]}]"
+            whole = f"train its whole module: modules_to_save: [{owner.rpartition('.')[2]}]"
+            fix = f"train it in full: modules_to_save: [{entry}]" if held_parameters(entry, modules) else whole
             miss(AdapterError(what, where=where, fix=fix))
         elif not _any_ends_with(modules, entry):
             fix = did_you_mean(entry, names) or f"the layers that can be adapted are {', '.join(names)}"
@@ -313,48 +308,6 @@ def _report_unmatched_filters(
                 miss(AdapterError(f"{name} '{key}' decides for no adapted module", where=f"LoraConfig.{name}", fix=fix))
 
 
-def _resolve_saved(
-    modules: Mapping[str, nn.Module], config: LoraConfig, from_file: bool, miss: Callable[[AdapterError], None]
-) -> tuple[str, ...]:
-    found: list[str] = []
-    for entry in config.modules_to_save or ():
-        # PEFT compares bare ends of paths: 'norm' there also means 'input_layernorm'. A file has to be read as meant.
-        matches = [
-            path
-            for path, module in modules.items()
-            if path
-            and (path.endswith(entry) if from_file else _ends_with(path, entry))
-            and next(module.parameters(), None) is not None
-        ]
-        if not matches:
-            miss(_nothing_to_save(entry, modules))
-        found.extend(matches)
-    # A module inside another one that is saved belongs to the outer copy.
-    outer = [path for path in found if not inside(path.rpartition(".")[0], found)]
-    return tuple(path for path in modules if path in outer)
-
-
-def _owner_of(entry: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The first module that has a parameter of this name."""
-    held = ((path, f"{path}.{name}") for path, module in modules.items() for name in module._parameters if path)
-    return next((path for path, name in held if _ends_with(name, entry)), None)
-
-
-def _nothing_to_save(entry: str, modules: Mapping[str, nn.Module]) -> AdapterError:
-    owner = _owner_of(entry, modules)
-    if owner is not None:
-        kind = type(modules[owner]).__name__
-        return AdapterError(
-            f"'{entry}' is a parameter of {kind} and no module: PEFT's format has no place for it",
-            where="LoraConfig.modules_to_save",
-            fix=f"save its whole module: {owner.rpartition('.')[2]}",
-        )
-    names = sorted({path.rpartition(".")[2] for path in modules if path})
-    fix = did_you_mean(entry, [*names, *modules]) or "name a module of the base that has parameters"
-    what = f"module to save '{entry}' matches nothing in the base"
-    return AdapterError(what, where="LoraConfig.modules_to_save", fix=fix)
-
-
 def _resolve_tokens(
     root: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, from_file: bool
 ) -> tuple[TokenTarget, ...]:
@@ -364,7 +317,7 @@ def _resolve_tokens(
     ids_of: dict[str, tuple[int, ...]] = {}
     if isinstance(wanted, Mapping):
         for entry, ids in wanted.items():
-            matches = [p for p in modules if p and (p.endswith(entry) if from_file else _ends_with(p, entry))]
+            matches = [p for p in modules if p and (p.endswith(entry) if from_file else ends_with(p, entry))]
             if not matches:
                 names = [p.rpartition(".")[2] for p, m in modules.items() if kind_of(m) in ("embedding", "linear")]
                 fix = did_you_mean(entry, sorted(set(names))) or "name the embedding, or the output head"
@@ -440,7 +393,7 @@ def _check_overlaps(lora: set[str], tokens: tuple[TokenTarget, ...], saved: tupl
 
 
 def _any_ends_with(modules: Mapping[str, nn.Module], entry: str) -> bool:
-    return any(_ends_with(path, entry) for path in modules)
+    return any(ends_with(path, entry) for path in modules)
 
 
 def adaptable_names(modules: Mapping[str, nn.Module]) -> list[str]:

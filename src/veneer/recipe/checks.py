@@ -129,6 +129,16 @@ def _batches(recipe: Recipe) -> Iterator[Contradiction]:
             f"raise it to {train.max_length} or more, or lower train.max_length",
             (("train", "max_length"),),
         )
+    if train.tokens_per_step is not None:
+        counted = ["gradient_accumulation_steps", *(["per_device_train_batch_size"] if train.packing else [])]
+        for name in sorted(train.model_fields_set & set(counted)):
+            if getattr(train, name) != type(train).model_fields[name].default:
+                yield Contradiction(
+                    ("train", name),
+                    "counts the rows of a step, and train.tokens_per_step its tokens",
+                    "remove one of them",
+                    (("train", "tokens_per_step"),),
+                )
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Contradiction]:

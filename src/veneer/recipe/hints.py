@@ -117,6 +117,7 @@ _THEIRS: dict[str, tuple[str, ...]] = {
         "sequence_length",
     ),
     "train.packing": ("neat_packing", "pack", "sample_packing"),
+    "train.tokens_per_step": ("batch_tokens", "max_tokens_per_step", "tokens_per_optimizer_step"),
     "train.micro_batch_tokens": ("max_tokens_per_batch", "tokens_per_batch"),
     "train.lr_scheduler_type": ("lr_schedule", "lr_scheduler", "schedule", "scheduler"),
     "train.warmup_ratio": ("lr_warmup_steps", "num_warmup_steps", "warmup", "warmup_iters", "warmup_steps"),

@@ -182,6 +182,11 @@ class TrainRecipe(Section):
         default=1,
         description="accumulation steps of one optimizer step: rows per step = both multiplied, times the processes",
     )
+    tokens_per_step: Count | None = Field(
+        default=None,
+        description="an optimizer step takes as many rows as this many tokens hold, over all processes, instead of a "
+        "number of rows: steps of even time",
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens of the longest row")
     packing: bool = Field(
         default=True, description="lay the rows of a step end to end without padding; the maths is the same"

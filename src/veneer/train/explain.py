@@ -10,21 +10,15 @@ from veneer.kernels import heap, native
 from veneer.kernels.check import Finding, Watch
 from veneer.models import Base
 from veneer.runtime import cpu_bf16_time, hardware
-from veneer.train.activations import Level
 from veneer.train.layout import Layout
 from veneer.train.optimizer import FlatAdamW
 
-_LEVELS: dict[Level, str] = {
-    "none": "kept from the forward to the backward",
-    "mlp": "those of gated MLPs computed twice, the others kept",
-    "full": "computed twice; each layer keeps its input",
-}
 
-
-def explanation(base: Base, level: Level, layout: Layout, optimizer: FlatAdamW, watch: Watch) -> str:
+def explanation(base: Base, activations: str, layout: Layout, optimizer: FlatAdamW, watch: Watch) -> str:
     """How this run computes: device, dtype, fused blocks, layout, optimizer, and each operation against float32.
 
     Args:
+        activations: what becomes of them.
         watch: what the check before the first step has seen.
     """
     lines = {
@@ -32,7 +26,7 @@ def explanation(base: Base, level: Level, layout: Layout, optimizer: FlatAdamW, 
         "dtype": _dtype(base),
         "blocks": str(base.fused),
         "rows": _rows(layout),
-        "activations": _LEVELS[level],
+        "activations": activations,
         **({"memory": heap.description()} if base.device.type == "cpu" else {}),
         "optimizer": optimizer.description,
     }

@@ -144,8 +144,10 @@ def train_step(t: Trainer, prepare_noise: Callable[[Batch, int], None]) -> bool:
     """One optimizer step; returns whether some process was asked to stop."""
     state, plan, world = t.state, t.plan, t.world
     began = time.perf_counter()
-    indices, epoch = step_rows(state.rows_consumed, len(t.dataset), plan.rows_per_step, plan.seed)
-    mine = deal(indices.tolist(), t.dataset.lengths, world.size)[world.rank]
+    lengths = t.dataset.lengths
+    size = plan.rows_per_step, plan.seed, plan.tokens_per_step
+    indices, epoch = step_rows(state.rows_consumed, len(t.dataset), *size, lengths)
+    mine = deal(indices.tolist(), lengths, world.size)[world.rank]
     outputs: list[tuple[Batch, ObjectiveOutput]] = []
     t.optimizer.zero_grad()
     for number, batch in enumerate(t.micro_batches(mine, t.dataset, t.layout)):

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from veneer.adapters import AdaptedModel, LoraConfig
@@ -25,7 +27,7 @@ from veneer.models.head import hidden_states
 from veneer.recipe import LOSS, DataRecipe, Recipe
 from veneer.train.distributed import World
 from veneer.train.rank_schedule import schedule_of
-from veneer.train.sampler import steps_per_epoch
+from veneer.train.sampler import steps_per_epoch, token_steps_per_epoch
 from veneer.train.schedule import warmup_steps
 from veneer.train.state import Plan
 
@@ -122,21 +124,33 @@ def render_rows(rows: Rows, tokenizer: Any, recipe: Recipe, world: World) -> Tok
     return dataset
 
 
-def make_plan(recipe: Recipe, rows: int, world: World, has_held_out: bool) -> Plan:
+def make_plan(recipe: Recipe, lengths: NDArray[np.int64], world: World, has_held_out: bool) -> Plan:
     """The recipe's training settings as the loop's plain values.
 
     Args:
-        rows: rendered training rows.
+        lengths: ``[rows]`` tokens of the rendered training rows.
     """
     train = recipe.train
     rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * world.size
-    per_epoch = steps_per_epoch(rows, rows_per_step)
+    per_epoch = steps_per_epoch(len(lengths), rows_per_step)
     total = train.max_steps or math.ceil(train.num_train_epochs * per_epoch - 1e-9)
+    if train.tokens_per_step is not None:
+        # The shortest rows make the largest steps.
+        fitting = np.searchsorted(np.cumsum(np.sort(lengths), dtype=np.int64), train.tokens_per_step, side="right")
+        rows_per_step = max(1, int(fitting))
+        epochs, part = divmod(train.num_train_epochs, 1)
+        each = [
+            token_steps_per_epoch(lengths, train.tokens_per_step, train.seed, epoch)
+            for epoch in range(1 if train.max_steps else math.ceil(train.num_train_epochs))
+        ]
+        per_epoch = each[0]
+        total = train.max_steps or sum(each[: int(epochs)]) + math.ceil(part * each[-1] - 1e-9)
     name, greater = recipe.best_metric
     return Plan(
         total_steps=total,
         steps_per_epoch=per_epoch,
         rows_per_step=rows_per_step,
+        tokens_per_step=train.tokens_per_step,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=warmup_steps(total, train.warmup_ratio),

@@ -30,7 +30,7 @@ from veneer.models.head import check_head
 from veneer.recipe import Recipe
 from veneer.run import RunFolder, RunInfo, utc_now
 from veneer.runtime import holding_heap, leaving_no_gaps, peak_rss_gb, release_memory, set_rng_state
-from veneer.train.activations import choose_level, gradient_checkpointing
+from veneer.train.activations import choose_blocks, gradient_checkpointing, said_of
 from veneer.train.checkpoint import checkpoint_path, defect, discard_after, newest_checkpoint
 from veneer.train.classification import (
     check_classifier,
@@ -135,17 +135,17 @@ class Session:
         watch = self_check(adapted.module, objective, batch, every=self.strict)
         check_gradients(adapted, objective, batch)
         tokens = most_tokens(self.dataset, self.layout, self.plan.rows_per_step // world.size)
-        level, note = choose_level(settings.gradient_checkpointing, adapted.module, objective, batch, tokens)
+        twice, note = choose_blocks(settings.gradient_checkpointing, adapted.module, objective, batch, tokens)
         if note is not None:
             self.progress.message(note, "warning")
         if self.explain:
-            self.progress.message(explanation(self.base, level, self.layout, optimizer, watch))
+            self.progress.message(explanation(self.base, said_of(adapted.module, twice), self.layout, optimizer, watch))
             self.progress.message(f"what the adapter changes\n{adapted.coverage}")
         info = self._info(warnings)
         begun = self.folder.run_json.exists() and self.folder.recipe_path.exists()
         state = self._restored(optimizer, hook, info) if resume and begun else TrainerState()
         with ExitStack() as stack:
-            stack.enter_context(gradient_checkpointing(adapted.module, level))
+            stack.enter_context(gradient_checkpointing(adapted.module, twice))
             record = self._open_record(info, state, overwrite) if world.is_main else SilentRecord()
             world.barrier()
             stop = StopRequest(record.message)
@@ -269,7 +269,7 @@ class Session:
 
     @cached_property
     def plan(self) -> Plan:
-        return make_plan(self.recipe, len(self.dataset), self.world, self.held_out is not None)
+        return make_plan(self.recipe, self.dataset.lengths, self.world, self.held_out is not None)
 
     def _say_what_was_read(self) -> list[str]:
         """Says how the rows were understood and what rendering did to them; returns the warnings."""
@@ -299,7 +299,7 @@ class Session:
                 f"{stats.trained_tokens} of them trained ({share:.0%})"
             )
         self.progress.message(
-            f"{self.plan.rows_per_step} rows a step, {self.plan.steps_per_epoch} steps an epoch, "
+            f"{self.plan.step_size} a step, {self.plan.steps_per_epoch} steps an epoch, "
             f"{self.adapted.trainable_count():,} trained parameters"
         )
         if self.base.device.type == "cpu" and native.library() is None:

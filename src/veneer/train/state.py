@@ -16,7 +16,8 @@ class Plan:
     Attributes:
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: the last one of an epoch may have fewer rows.
-        rows_per_step: rows of one optimizer step over all processes.
+        rows_per_step: rows of one optimizer step over all processes; at most, where there is a budget of tokens.
+        tokens_per_step: that budget, or None.
         learning_rate: peak rate.
         lr_scheduler_type: see :mod:`veneer.train.schedule`.
         warmup_steps: of linear warm-up.
@@ -34,6 +35,7 @@ class Plan:
     total_steps: int
     steps_per_epoch: int
     rows_per_step: int
+    tokens_per_step: int | None
     learning_rate: float
     lr_scheduler_type: str
     warmup_steps: int
@@ -47,6 +49,12 @@ class Plan:
     metric_for_best: str
     greater_is_better: bool
     early_stopping_patience: int | None
+
+    @property
+    def step_size(self) -> str:
+        """What an optimizer step takes, in words."""
+        tokens = self.tokens_per_step
+        return f"{self.rows_per_step} rows" if tokens is None else f"rows of up to {tokens} tokens"
 
 
 @dataclass

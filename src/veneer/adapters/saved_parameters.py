@@ -1,0 +1,77 @@
+"""``modules_to_save`` that names parameters: small tensors that a module holds itself (``A_log``, ``D``).
+
+They are trained in full. The module stays where it is, with the adapters inside of it: while its forward runs, the
+trained tensors stand in the place of its own. PEFT's format has no place for them: they are named in ``veneer.json``.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.layers import keep_dtype, master_dtype
+
+CHILD = "veneer_saved"  # under which it hangs in its module
+
+
+class SavedParameters(nn.Module):
+    """Trained copies of some of a module's own parameters, at most one of which acts. It hangs in that module.
+
+    The copies are float32; they are cast to the base's dtype where they are used.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_owner"] = base_layer  # no child of ours: we are one of it
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        base_layer.add_module(CHILD, self)
+        base_layer.__dict__["forward"] = types.MethodType(_forward, base_layer)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The module."""
+        owner: nn.Module = self.__dict__["_owner"]
+        return owner
+
+    def add(self, name: str, keys: Iterable[str]) -> None:
+        """New copies, equal to the base; not active yet."""
+        own = self.base_layer._parameters
+        copies = {key: own[key].detach().to(master_dtype(own[key]), copy=True) for key in keys}  # type: ignore[union-attr,arg-type]
+        self.adapters[name] = nn.ParameterDict({key: nn.Parameter(copy) for key, copy in copies.items()})
+
+    def acting(self) -> dict[str, Tensor]:
+        """The active copies, in the base's dtypes."""
+        own = self.base_layer._parameters
+        return {key: t.to(own[key].dtype) for name in self.active for key, t in self.tensors(name).items()}  # type: ignore[union-attr]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The copies, by their names in the module."""
+        return dict(self.adapters[name].items()) if name in self.adapters else {}  # type: ignore[operator]  # a ParameterDict
+
+    def merged(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """A copy of the adapters' tensors in the base's dtypes."""
+        own = self.base_layer._parameters
+        found = {key: t.detach() for name in names for key, t in self.tensors(name).items()}
+        return {key: t.to(own[key].dtype, copy=True) for key, t in found.items()}  # type: ignore[union-attr]
+
+    def take_off(self) -> None:
+        """Leaves the module as it was."""
+        del self.base_layer._modules[CHILD], self.base_layer.__dict__["forward"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SavedParameters:
+        self.adapters._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's own
+        return self
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    acting = self._modules[CHILD].acting()  # type: ignore[union-attr,operator]  # it is one of the above
+    self.__dict__.update(acting)  # which Python looks into before torch's own tables
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        for key in acting:
+            del self.__dict__[key]

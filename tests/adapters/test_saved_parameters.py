@@ -1,0 +1,160 @@
+"""Small tensors of a recurrence, trained in full beside LoRA: ``modules_to_save: [A_log, D]``."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter, merge, read_adapter
+from veneer.adapters.save import warnings_of
+from veneer.errors import AdapterError
+
+IDS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(0))
+CONFIG = LoraConfig(r=4, modules_to_save=["A_log", "D"])
+
+
+def hybrid(dtype: torch.dtype = torch.float32) -> nn.Module:
+    module: nn.Module = tiny_models.HYBRID["bamba"]()
+    return module.to(dtype).eval()
+
+
+def logits(module: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = module(IDS).logits
+    return out
+
+
+def trained(adapted: AdaptedModel, steps: int = 3) -> AdaptedModel:
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=3e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = adapted.module(IDS).logits[:, :-1].float()
+        nn.functional.cross_entropy(out.flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        optimizer.step()
+    return adapted
+
+
+def mixers(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if "A_log" in part._parameters and hasattr(part, "conv1d")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_trained_beside_lora_and_switched_off_bit_for_bit(dtype: torch.dtype) -> None:
+    module = hybrid(dtype)
+    base, before = logits(module), copy.deepcopy(module.state_dict())
+    adapted = attach(module, CONFIG, seed=0)
+    assert torch.equal(logits(module), base)
+    names = [key for key, _ in adapted.named_parameters()]
+    assert sum(key.endswith((".A_log", ".D")) for key in names) == 2 * len(mixers(module)) > 0
+    assert any(key.endswith("mamba.in_proj.lora_A.weight") for key in names)
+    trained(adapted)
+    for key, parameter in adapted.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+        assert parameter.dtype == torch.float32
+    assert not torch.equal(logits(module), base)
+    assert logits(module).dtype == base.dtype
+    with adapted.disabled():
+        assert torch.equal(logits(module), base)
+    adapted.detach()
+    assert torch.equal(logits(module), base)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert not any("forward" in part.__dict__ for part in mixers(module))
+
+
+def test_what_is_trained_is_what_the_mixer_reads() -> None:
+    """The same numbers written into the base itself give the same logits."""
+    adapted = trained(
+        attach(hybrid(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["A_log", "D"]), seed=0)
+    )
+    plain = hybrid()
+    with torch.no_grad():
+        for key, tensor in adapted.state().items():
+            if key.endswith((".A_log", ".D")):
+                plain.get_parameter(key.removeprefix("base_model.model.")).copy_(tensor)
+    q = {key: tensor for key, tensor in adapted.state().items() if "lora" in key}
+    other = attach(plain, LoraConfig(r=4, target_modules=["q_proj"]), seed=0)
+    other.load_state(q)
+    torch.testing.assert_close(logits(other.module), logits(adapted.module), rtol=1e-6, atol=1e-6)
+
+
+def test_saving_loading_and_merging(tmp_path: Path) -> None:
+    adapted = trained(attach(hybrid(), CONFIG, seed=0))
+    expected = logits(adapted.module)
+    adapted.save(tmp_path / "adapter")
+    data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert data["modules_to_save"] is None
+    record = json.loads((tmp_path / "adapter" / "veneer.json").read_text())
+    assert len(record["parameters_to_save"]) == 2 * len(mixers(adapted.module))
+    assert any("has no place for A_log, D" in line for line in record["not_in_peft"])
+    assert any("has no place for A_log, D" in line for line in warnings_of(adapted))
+    config, tensors = read_adapter(tmp_path / "adapter")
+    assert sum(key.endswith(".A_log") for key in tensors) == len(mixers(adapted.module))
+    again = load_adapter(hybrid(), tmp_path / "adapter")
+    assert torch.equal(logits(again.module), expected)
+    merged = merge(adapted)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert set(merged.state_dict()) == set(hybrid().state_dict())
+    assert torch.equal(logits(adapted.module), expected)  # which stays as it is
+    assert list(config.modules_to_save or ()) == record["parameters_to_save"]
+
+
+def test_two_adapters_have_their_own_and_do_not_act_together() -> None:
+    adapted = trained(attach(hybrid(), CONFIG, seed=0))
+    first = logits(adapted.module)
+    adapted.add(LoraConfig(r=2, modules_to_save=["D"]), "second", seed=1)
+    with pytest.raises(AdapterError, match="both replace"):
+        adapted.use("default", "second")
+    adapted.use("second")
+    second = logits(trained(adapted).module)
+    adapted.use("default")
+    assert torch.equal(logits(adapted.module), first)
+    assert not torch.equal(first, second)
+    adapted.add(LoraConfig(r=2, target_modules=["in_proj"]), "third", seed=2)  # inside of a mixer that has a slot
+    adapted.remove("second")
+    assert torch.equal(logits(adapted.module), first)
+
+
+@pytest.mark.parametrize("name", ["dt_bias", "0.mamba.A_log"])
+def test_the_coverage_shows_them(name: str) -> None:
+    adapted = attach(hybrid(), LoraConfig(r=4, modules_to_save=[name]), seed=0)
+    text = str(adapted.coverage)
+    last = name.rpartition(".")[2]
+    row = next(line for line in text.splitlines() if line.split()[:1] == [last])
+    assert "whole" in row
+    if last == "dt_bias":
+        assert "not adapted: dt_bias" not in text
+
+
+def test_of_a_mixer_that_is_saved_whole_they_are_part() -> None:
+    adapted = attach(hybrid(), LoraConfig(r=4, modules_to_save=["mamba", "A_log"]), seed=0)
+    assert not adapted.plans["default"].parameters
+    assert any(path.endswith("mamba") for path in adapted.plans["default"].saved)
+
+
+def test_the_weight_of_a_layer_is_no_such_parameter() -> None:
+    with pytest.raises(AdapterError, match="is a parameter of Linear, which is saved as a whole"):
+        attach(hybrid(), LoraConfig(r=4, modules_to_save=["in_proj.weight"]), seed=0)
+
+
+def test_it_can_be_looked_into_and_resized(tmp_path: Path) -> None:
+    from veneer.ship.inspect import inspect_adapter
+    from veneer.ship.resize import resize_adapter
+
+    adapted = trained(attach(hybrid(), CONFIG, seed=0))
+    adapted.save(tmp_path / "old")
+    found = inspect_adapter(tmp_path / "old", compare=False)
+    assert sum(key.endswith((".A_log", ".D")) for key in found.others) == 2 * len(mixers(adapted.module))
+    resize_adapter(tmp_path / "old", tmp_path / "new", rank=2)
+    again = load_adapter(hybrid(), tmp_path / "new")
+    for key, tensor in again.state().items():
+        if key.endswith((".A_log", ".D")):
+            assert torch.equal(tensor, adapted.state()[key])
+        elif key.endswith("lora_A.weight"):
+            assert len(tensor) == 2
