@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.errors import UsageError
 from veneer.kernels import native
 from veneer.kernels.attention import document_attention, document_attention_reference
-from veneer.kernels.gated_mlp import _gated, _gated_grads
+from veneer.kernels.gated_mlp import _gated, _gated_grads, _Scaled, activation
 from veneer.kernels.linear_cross_entropy import TokenLosses, linear_cross_entropy
 from veneer.kernels.lora_linear import row_scale_grads
 from veneer.kernels.qkv_rope import _turn
@@ -66,6 +66,33 @@ class TestTheSameNumbers:
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, ROUNDING[dtype])
+
+    @pytest.mark.parametrize(("rows", "width"), [(1, 5), (64, 96), (150, 200)])
+    @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+    @pytest.mark.parametrize("scaled", [(True, True), (True, False), (False, True)])
+    def test_gated_product_of_scaled_columns(
+        self, dtype: torch.dtype, rows: int, width: int, act: str, scaled: tuple[bool, bool]
+    ) -> None:
+        e, g, dm = torch.randn(3, rows, width).to(dtype).unbind()
+        k = [(0.2 * torch.randn(width)).to(dtype) if has else None for has in scaled]
+        for less_one in k:
+            if less_one is not None:
+                less_one[3] = -1  # a scale of zero
+        ours = _Scaled(act, e, *k)
+        assert _Scaled.takes(act, e, (k[0], k[1]), (None, None))
+        wide = [t.double().requires_grad_() for t in (e, g)]
+        scales = [torch.ones(width).double() if t is None else t.double() + 1 for t in k]
+        scales = [t.requires_grad_() for t in scales]
+        want = activation(act, wide[0] * scales[0]) * (wide[1] * scales[1])
+        want.backward(dm.double())
+        assert_near(ours.product(e, g).double(), want.detach(), ROUNDING[dtype])
+        de, dg, *sums = ours.grads(e, g, dm.clone())
+        for got, leaf in ((de, wide[0]), (dg, wide[1])):
+            assert_near(got.double(), leaf.grad, 2 * ROUNDING[dtype])
+        for got, scale, has in zip(sums, scales, scaled):
+            assert (got is not None) is has
+            if got is not None:
+                assert_near(got.double(), scale.grad, 2 * ROUNDING[dtype])
 
     @pytest.mark.parametrize(("rows", "width"), [(1, 5), (64, 96), (150, 200)])
     @pytest.mark.parametrize("in_place", [False, True])

@@ -39,6 +39,7 @@ from veneer.kernels.matmul import Plain, Turned, Weight, factor_grad, sum_of_pro
 from veneer.kernels.rms_norm import Kept
 
 TILE = 4096  # rows
+Scales = tuple[Tensor | None, Tensor | None]  # of gate and up
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -92,6 +93,35 @@ def _gated_grads(name: str, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, T
     else:
         de = torch.ops.aten.gelu_backward(dm, e, approximate="tanh" if name == "gelu_tanh" else "none")
     return de, dg
+
+
+class _Scaled:
+    """A gated product of scaled projections, in passes that scale on the way and write no scaled one."""
+
+    def __init__(self, name: str, like: Tensor, ke: Tensor | None, kg: Tensor | None) -> None:
+        self._name = f"gate_{name}_scaled"
+        zeros = like.new_zeros(like.shape[1])
+        self._has = ke is not None, kg is not None
+        self._ke, self._kg = zeros if ke is None else ke, zeros if kg is None else kg
+
+    @staticmethod
+    def takes(name: str, like: Tensor, scales: Scales, biases: Scales) -> bool:
+        """Whether there is such code for it: a projection that is scaled has no bias."""
+        plain = all(k is None or b is None for k, b in zip(scales, biases)) and any(k is not None for k in scales)
+        return plain and native.can_take(like, function=f"gate_{name}_scaled")
+
+    def product(self, e: Tensor, g: Tensor) -> Tensor:
+        """``act(e (1 + ke)) g (1 + kg)``."""
+        m = torch.empty_like(e)
+        native.call(self._name, e, g, self._ke, self._kg, m, *e.shape)
+        return m
+
+    def grads(self, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of ``e`` (in the place of ``dm``) and ``g``, and of their scales ``[f]`` float32."""
+        dg, sums = torch.empty_like(g), e.new_empty(2, e.shape[1], dtype=torch.float32)
+        native.call(f"{self._name}_back", e, g, self._ke, self._kg, dm, dg, *sums, *e.shape)
+        of_e, of_g = (total if has else None for total, has in zip(sums, self._has))
+        return dm, dg, of_e, of_g
 
 
 def gated_mlp_reference(
@@ -164,9 +194,13 @@ class _GatedMlp(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         stacked, ad = torch.cat((scaled(Ag, sg, x.dtype), scaled(Au, su, x.dtype))), scaled(Ad, sd, x.dtype)
         hh = sum_of_products(Turned(masked(flat, drops[0]), stacked))
-        e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, kg)
-        g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, ku)
-        m = _gated(act, e if kg is None or bg is None else e + bg, g if ku is None or bu is None else g + bu)
+        is_folded = _Scaled.takes(act, flat[:0], (kg, ku), (bg, bu))
+        e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, None if is_folded else kg)
+        g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, None if is_folded else ku)
+        if is_folded:
+            m = _Scaled(act, e, kg, ku).product(e, g)
+        else:
+            m = _gated(act, e if kg is None or bg is None else e + bg, g if ku is None or bu is None else g + bu)
         u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, drops[1])
         y = scale_rows(u, kd, bd)
         trains_a = any(ctx.needs_input_grad[i] for i in (8, 13))
@@ -176,7 +210,7 @@ class _GatedMlp(torch.autograd.Function):
         ctx.save_for_backward(*kept, kg, ku, kd, u if kd is not None else None)
         ctx.weights, ctx.biases, ctx.trains_a = (wg, wu, wd), (bg, bu), trains_a
         ctx.act, ctx.scalings, ctx.drops, ctx.norm = act, scalings, drops, rows[3:]
-        ctx.shape = x.shape
+        ctx.shape, ctx.is_folded = x.shape, is_folded
         return y
 
     @staticmethod
@@ -190,20 +224,24 @@ class _GatedMlp(torch.autograd.Function):
         bg, bu, bd = (B.to(dy.dtype) for B in (Bg, Bu, Bd))
         if e0 is None:
             x = source.again()
-            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, kg)
-            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, ku)
+            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, None if ctx.is_folded else kg)
+            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, None if ctx.is_folded else ku)
             del x
         flat, drd = row_scale_grads(dy, u, kd)
+        folded = _Scaled(ctx.act, e0, kg, ku) if ctx.is_folded else None
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
-        m = _gated(ctx.act, e, g)
+        m = _gated(ctx.act, e, g) if folded is None else folded.product(e0, g0)
         drop, drop_down = ctx.drops
         pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[18] else None, hd, bd, sd)
         sa = scaled(Ad, sd, dy.dtype)
         dm = input_grad(Plain(flat, wd), p=pd, sa=sa, drop=drop_down, out=m)  # m is not needed any more
-        de, dg = _gated_grads(ctx.act, e, g, dm)
+        if folded is None:
+            de, dg = _gated_grads(ctx.act, e, g, dm)
+            de, drg = row_scale_grads(de, e0, kg, in_place=True)
+            dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
+        else:
+            de, dg, drg, dru = folded.grads(e0, g0, dm)
         del m, dm, e, g
-        de, drg = row_scale_grads(de, e0, kg, in_place=True)
-        dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         # P of gate and up side by side: one read of x for both dA, one product with stacked A for dx.
         pp = torch.empty_like(hh)
         sum_of_products(Plain(de, bg), out=pp[:, :rank])

@@ -260,6 +260,56 @@ static void gate(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int t
     }
 }
 
+// The same of factors whose columns are scaled: e (1 + ke) and g (1 + kg) stand for e and g, and are nowhere written.
+template <class T, float (*ACT)(float, float&)>
+static void scaled_gate(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 t = 0; t < rows; t++) {
+        const T *x = e + t * width, *y = g + t * width;
+        T* to = m + t * width;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) {
+            float value;
+            ACT(rounded<T>(fma_(get(x[j]), get(ke[j]), get(x[j]))), value);
+            put(to[j], rounded<T>(value) * rounded<T>(fma_(get(y[j]), get(kg[j]), get(y[j]))));
+        }
+    }
+}
+
+// dm becomes de in place, dg is written, and the columns' sums of the gradients by what was scaled: those of the scales.
+// A thread has whole columns, so that their sums do not depend on the number of threads.
+template <class T, float (*ACT)(float, float&)>
+static void scaled_gate_back(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg, float* e_sums,
+                             float* g_sums, i64 rows, i64 width, int threads) {
+    constexpr i64 SPAN = 96, RUN = 64;  // columns of a job, rows that are summed up by themselves
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 first = 0; first < width; first += SPAN) {
+        const i64 count = width - first < SPAN ? width - first : SPAN;
+        float a[SPAN], b[SPAN], e_part[SPAN], g_part[SPAN], e_total[SPAN] = {}, g_total[SPAN] = {};
+        for (i64 j = 0; j < count; j++) a[j] = get(ke[first + j]), b[j] = get(kg[first + j]);
+        for (i64 start = 0; start < rows; start += RUN) {
+            for (i64 j = 0; j < count; j++) e_part[j] = g_part[j] = 0.0f;
+            for (i64 t = start; t < (start + RUN < rows ? start + RUN : rows); t++) {
+                const T *x = e + t * width + first, *y = g + t * width + first;
+                T *d = dm + t * width + first, *to = dg + t * width + first;
+#pragma omp simd
+                for (i64 j = 0; j < count; j++) {
+                    float value, up = get(d[j]), own = get(x[j]), gain = get(y[j]);
+                    float slope = ACT(rounded<T>(fma_(own, a[j], own)), value);
+                    float dy = rounded<T>(rounded<T>(value) * up);
+                    float dx = rounded<T>(rounded<T>(up * rounded<T>(fma_(gain, b[j], gain))) * slope);
+                    e_part[j] = fma_(dx, own, e_part[j]);
+                    g_part[j] = fma_(dy, gain, g_part[j]);
+                    put(d[j], fma_(dx, a[j], dx));
+                    put(to[j], fma_(dy, b[j], dy));
+                }
+            }
+            for (i64 j = 0; j < count; j++) e_total[j] += e_part[j], g_total[j] += g_part[j];
+        }
+        for (i64 j = 0; j < count; j++) e_sums[first + j] = e_total[j], g_sums[first + j] = g_total[j];
+    }
+}
+
 // ---- weights in 4-bit codes ----------------------------------------------------------------------------------------
 
 // out [rows, 2 * half] = book[code] * scale, rounded once; the code of an even column is a byte's upper half, and the
@@ -323,6 +373,22 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
     }                                                                                                                  \
     extern "C" void gate_gelu_tanh_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {  \
         gate<T, gelu_tanh>(e, g, m, dg, count, back, threads);                                                         \
+    }                                                                                                                  \
+    extern "C" void gate_silu_scaled_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows,        \
+                                        i64 width, int threads) {                                                      \
+        scaled_gate<T, silu>(e, g, ke, kg, m, rows, width, threads);                                                   \
+    }                                                                                                                  \
+    extern "C" void gate_silu_scaled_back_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg,     \
+                                        float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
+        scaled_gate_back<T, silu>(e, g, ke, kg, dm, dg, e_sums, g_sums, rows, width, threads);                         \
+    }                                                                                                                  \
+    extern "C" void gate_gelu_tanh_scaled_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows,   \
+                                        i64 width, int threads) {                                                      \
+        scaled_gate<T, gelu_tanh>(e, g, ke, kg, m, rows, width, threads);                                              \
+    }                                                                                                                  \
+    extern "C" void gate_gelu_tanh_scaled_back_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg,\
+                                        float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
+        scaled_gate_back<T, gelu_tanh>(e, g, ke, kg, dm, dg, e_sums, g_sums, rows, width, threads);                    \
     }                                                                                                                  \
     extern "C" void decode4_##suffix(T* out, const std::uint8_t* codes, const float* scales, const float* book,        \
                                      i64 rows, i64 half, i64 groups, i64 codes_row, i64 scales_row, int threads) {     \
