@@ -61,7 +61,7 @@ def _operations(rows: int, width: int, wide: int) -> Iterator[Check]:
     from veneer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
     from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
     from veneer.kernels.qkv_rope import _turn
-    from veneer.kernels.rms_norm import rms_norm, rms_norm_reference
+    from veneer.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
     generator = torch.Generator().manual_seed(rows)
 
@@ -75,6 +75,14 @@ def _operations(rows: int, width: int, wide: int) -> Iterator[Check]:
         lambda x, w: rms_norm_reference(x, w, 1e-5),
         (x, draw(width)),
         1,
+    )
+
+    yield Check(
+        "sum and RMSNorm with an offset",
+        lambda x, r, w: torch.cat(add_rms_norm(x, r, w.detach(), 1e-5, 1.0)),
+        lambda x, r, w: torch.cat(add_rms_norm_reference(x, r, w, 1e-5, 1.0)),
+        (x, draw(rows, width), draw(width)),
+        2,
     )
 
     def linear(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -21,7 +21,7 @@ def test_an_operation_that_is_off_stops_the_run_before_anything_is_written(
     monkeypatch.setattr(
         rms_norm._RmsNorm,
         "backward",
-        staticmethod(lambda ctx, dy: (2 * backward(ctx, dy)[0], None, None)),
+        staticmethod(lambda ctx, dy: (2 * backward(ctx, dy)[0], None, None, None)),
     )
     with pytest.raises(TrainError, match=r"RMSNorm: the gradient of x differs by 100\.0% from its float32 reference"):
         small_run()
