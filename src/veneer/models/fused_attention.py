@@ -20,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from veneer.kernels.attention import document_attention
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.qkv_rope import qkv_rope
-from veneer.models.fused_norm import FusedRmsNorm, fused_norm
+from veneer.models.fused_norm import FusedRmsNorm, fused_norm, is_same
 from veneer.models.low_rank import low_rank_of, split_rows, zero_update
 from veneer.quant import QuantizedLinear
 
@@ -147,7 +147,6 @@ def _probe(block: Any, projections: tuple[str, ...]) -> _Block | None:
     if None in own_norms:
         return None
     norms: Any = tuple(norm.norm for norm in own_norms if norm is not None) or None
-    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
     AttentionInterface.register(_PROBE, write_down)
     config, before, training = block.config, block.config._attn_implementation, block.training
     config._attn_implementation = _PROBE
@@ -162,9 +161,8 @@ def _probe(block: Any, projections: tuple[str, ...]) -> _Block | None:
             parts = known.parts([zero_update(linear) for linear in linears])
             ours = qkv_rope(x[0], *parts, cos[0], sin[0], norms)
             output = block.o_proj(ours[0].transpose(0, 1).reshape(1, 5, -1))
-            for got, want in zip((*ours, output), (*(t[0] for t in seen["qkv"]), found)):
-                if got.shape != want.shape or (got - want).float().norm() > tolerance * want.float().norm() + 1e-12:
-                    return None
+            if not all(map(is_same, (*ours, output), (*(t[0] for t in seen["qkv"]), found))):
+                return None
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return None  # a form that is not the one known here
     finally:
