@@ -1,7 +1,4 @@
-"""The invariants of an adapter from the eleventh on: matching, bad files, codes, memory, experts, budgets, tokens.
-
-The fourteenth, rows of one batch with different adapters, is about what is not built yet, and has no test here.
-"""
+"""The invariants of an adapter from the eleventh on: matching, bad files, batches, codes, memory, experts, tokens."""
 
 from __future__ import annotations
 
@@ -155,6 +152,30 @@ def test_13_adapters_in_use_are_merged_as_their_sum_and_one_by_its_name(name: st
     torch.testing.assert_close(logits(merge(adapted, name="default")), alone, **near)
     adapted.use("second")
     torch.testing.assert_close(logits(merge(adapted)), logits(adapted.module), **near)
+
+
+# 14. A row of a mixed batch is what it is alone with its own adapter, and one without an adapter is the base's
+
+
+@cases()
+def test_14_each_row_of_a_mixed_batch_is_that_of_its_adapter_alone(name: str, stored: str) -> None:
+    adapted = stirred(name, stored)
+    adapted.add(LoraConfig(r=2, init_lora_weights=False), "second", seed=1)
+    names = ["default", "__base__", "second", "second", "default"]
+    ids = IDS[[0, 0, 0, 1, 1]]
+    with adapted.mixed(names):
+        mixed = logits(adapted.module, ids)
+        with adapted.disabled():
+            off = logits(adapted.module, ids)
+    with adapted.disabled():
+        alone = {"__base__": logits(adapted.module, ids)}
+    torch.testing.assert_close(off, alone["__base__"], **NEAR)
+    for one in ("second", "default"):
+        adapted.use(one)
+        alone[one] = logits(adapted.module, ids)
+        assert (alone[one] - alone["__base__"]).abs().max() > SHOWS
+    torch.testing.assert_close(mixed, torch.stack([alone[one][i] for i, one in enumerate(names)]), **NEAR)
+    assert torch.equal(logits(adapted.module, ids), alone["default"])  # all is as before
 
 
 # 15. Over codes everything is what it is over the numbers that they stand for, and the codes stay

@@ -276,8 +276,8 @@ class LoraLinear(nn.Module):
         return y
 
     def is_plain(self, x: Tensor) -> bool:
-        """The base layer computes ``W x + b`` and nothing else: no hook, no forward of its own, no cast on the way."""
-        return is_plain(self.base_layer, x, self.transposed)
+        """It adds its adapters to ``W x + b`` and does nothing else: no hook, no other forward, no cast on the way."""
+        return not has_own_forward(self) and is_plain(self.base_layer, x, self.transposed)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one adapter, by the end of their PEFT key; none for factors that belong to another layer."""

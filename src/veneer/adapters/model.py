@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +21,8 @@ from veneer.adapters.config import DATA_INITS, LoraConfig
 from veneer.adapters.coverage import Coverage, coverage
 from veneer.adapters.experts import LoraExperts
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
+from veneer.adapters.mixed import BASE, mixed_rows
+from veneer.adapters.nesting import check_places
 from veneer.adapters.ranks import with_plan_ranks, with_ranks
 from veneer.adapters.read_weight import let_read
 from veneer.adapters.router import LoraRouter
@@ -28,7 +30,7 @@ from veneer.adapters.saved import SavedModule
 from veneer.adapters.saved_parameters import SavedParameters
 from veneer.adapters.slots import SLOTS, Slot, base_modules, places, take_off
 from veneer.adapters.start import Originals, fill_factors
-from veneer.adapters.targets import Plan, inside, resolve
+from veneer.adapters.targets import Plan, resolve
 from veneer.adapters.tokens import TokenEmbedding, TokenHead, TokenRows
 from veneer.adapters.variants import variants_of
 from veneer.errors import AdapterError, did_you_mean
@@ -199,7 +201,7 @@ class AdaptedModel:
         """
         self._check_name(name)
         modules, hanging = base_modules(self.module), places(self.module)
-        self._check_places(plan, modules)
+        check_places(plan, modules, self._slots)
         if not self.configs:
             self._trained_before = [(p, p.requires_grad) for p in self.module.parameters()]
             self.module.requires_grad_(False)
@@ -282,6 +284,22 @@ class AdaptedModel:
             yield
         finally:
             self._off -= 1
+            self._refresh()
+
+    @contextlib.contextmanager
+    def mixed(self, names: Sequence[str]) -> Iterator[None]:
+        """Within it, row ``i`` of a batch goes through the adapter ``names[i]``; ``"__base__"`` stands for none.
+
+        For answers, not for training. It is the model itself that has to be called, each time with ``len(names)`` rows.
+
+        Raises:
+            AdapterError: an unknown adapter, or one that changes something that all rows share.
+        """
+        names = [name if name == BASE else self._has_started(name) for name in names]
+        try:
+            with mixed_rows(self.module, self._slots, names, lambda: bool(self._off)):
+                yield
+        finally:
             self._refresh()
 
     def named_parameters(self, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
@@ -474,25 +492,3 @@ class AdaptedModel:
                 f"'{name}' cannot be an adapter's name",
                 fix="use letters, digits, - and _, and no name of torch's own (keys, type, ...)",
             )
-
-    def _check_places(self, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
-        """Layers of different kinds do not nest, whichever adapters they belong to."""
-        kinds: dict[str, type[Slot]] = {}
-        for target in plan.lora:
-            kinds[target.path] = LoraEmbedding if target.kind == "embedding" else LoraLinear
-        kinds.update(dict.fromkeys((stack.path for stack in plan.experts), LoraExperts))
-        for token in plan.tokens:
-            kinds[token.path] = TokenEmbedding if isinstance(modules[token.path], nn.Embedding) else TokenHead
-        kinds.update(dict.fromkeys(plan.saved, SavedModule))
-        kinds.update((path, SavedParameters) for path, _ in plan.parameters)
-        fix = "give both adapters the same kind of change there, or take the other one off first"
-        for path, kind in kinds.items():
-            for other, slot in self._slots.items():
-                holds = kind is SavedParameters and inside(other, (path,))
-                holds |= isinstance(slot, SavedParameters) and inside(path, (other,))
-                if path != other and holds:
-                    continue  # what holds parameters may have other slots inside
-                apart = path != other and not inside(path, (other,)) and not inside(other, (path,))
-                if not apart and not (path == other and isinstance(slot, kind)):
-                    names = ", ".join(slot.adapters)
-                    raise AdapterError(f"adapter '{names}' changes this module in another way", where=other, fix=fix)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel
+from veneer.adapters.mixed import is_mixed
 from veneer.data import stop_token_ids as turn_ends
 from veneer.errors import DataError, UsageError
 from veneer.generate.decoder import Decoder, Memory, inference
@@ -211,6 +212,12 @@ def _parts(model: Base | AdaptedModel) -> tuple[nn.Module, Any]:
     if tokenizer is None:
         raise UsageError(
             "the model has no tokenizer to write text with", fix="attach the adapter to what load_base returns"
+        )
+    if is_mixed(model.module):
+        raise UsageError(
+            "rows are put together anew while they are generated, and cannot be mixed by their number",
+            where="AdaptedModel.mixed",
+            fix="call model.module.generate(...) within it, or generate for one adapter after the other",
         )
     return model.module, tokenizer
 
