@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.adapters import AdaptedModel, LoraConfig, attach
 from veneer.models import fused_attention, fused_mlp
 from veneer.models.fused import fuse
-from veneer.models.head import answer_loss, hidden_states
+from veneer.models.head import answer_loss, hidden_states, settle_documents
 
 TAKEN = ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma2", "Granite", "Qwen3", "Gemma3", "Phi3", "Olmo2"]
 LEFT_ALONE = ["Cohere", "GPTNeoX", "GPT2"]
@@ -48,6 +48,7 @@ def test_loss_and_gradients_are_those_of_the_blocks_own_code(
     model = tiny(family)
     fuse(model)
     assert len(fused_blocks(model)) == 2
+    settle_documents(model)
     calls = []
     original = fused_attention.qkv_rope
     monkeypatch.setattr(fused_attention, "qkv_rope", lambda *a: (calls.append(1), original(*a))[1])
@@ -77,6 +78,7 @@ def test_some_targets_and_several_adapters_are_fused_too(
         if adapters == 2:
             model.add(LoraConfig(r=2, lora_alpha=7, init_lora_weights=False), "second", seed=1)
             model.use("default", "second")
+        settle_documents(model.module)
         calls = []
         for where, name in ((fused_attention, "qkv_rope"), (fused_mlp, "gated_mlp")):
             original = getattr(where, name)
@@ -135,6 +137,7 @@ def test_without_documents_or_with_a_cache_the_block_runs_its_own_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = adapted(fused("Llama"))
+    settle_documents(model.module)
     monkeypatch.setattr(fused_attention, "qkv_rope", None)  # calling it would raise
     ids = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(0))
     model.module(ids)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.models import fused_layer
 from veneer.models.fused import fuse
-from veneer.models.head import hidden_states
+from veneer.models.head import hidden_states, settle_documents
 from veneer.train.activations import gradient_checkpointing
 
 TAKEN = ["Llama", "Mistral", "Qwen2", "Gemma", "Qwen3", "Phi3"]
@@ -31,6 +31,7 @@ def test_loss_and_gradients_are_those_of_the_layers_own_code(
     model = tiny(family)
     fuse(model)
     assert len(fused_layers(model)) == 2
+    settle_documents(model)
     calls = []
     original = fused_layer.add_rms_norm
     monkeypatch.setattr(fused_layer, "add_rms_norm", lambda *a: (calls.append(1), original(*a))[1])
@@ -80,6 +81,7 @@ def test_dora_keeps_one_more_row_of_the_residuals_width_for_each_layer_and_not_t
 def test_with_layers_computed_twice_or_another_norm_the_layers_own_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("Llama")
     fuse(model)
+    settle_documents(model)
     found = adapted(model)
     monkeypatch.setattr(fused_layer, "add_rms_norm", None)  # calling it would raise
     model.train()

@@ -9,8 +9,10 @@ whatever is not training or scoring rows of documents with plain projections, bu
 
 from __future__ import annotations
 
+import contextlib
 import types
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +68,20 @@ def fuse_attention(block: nn.Module) -> bool:
 def is_fused(block: nn.Module) -> bool:
     """Whether :func:`fuse_attention` took it over."""
     return _ATTRIBUTE in block.__dict__
+
+
+@contextlib.contextmanager
+def windows_set_to(root: nn.Module, window: int) -> Iterator[None]:
+    """Within it, fused blocks of ``root`` that have a window have this one."""
+    before = {part: part.__dict__[_ATTRIBUTE] for part in root.modules() if is_fused(part)}
+    try:
+        for block, known in before.items():
+            if known.arguments.get("sliding_window"):
+                block.__dict__[_ATTRIBUTE] = replace(known, arguments={**known.arguments, "sliding_window": window})
+        yield
+    finally:
+        for block, known in before.items():
+            block.__dict__[_ATTRIBUTE] = known
 
 
 def attention_arguments(block: nn.Module) -> dict[str, Any] | None:

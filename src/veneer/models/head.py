@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import ModelError
 from veneer.kernels.linear_cross_entropy import IGNORE_INDEX, TokenLosses, linear_cross_entropy
+from veneer.models.documents import by_lengths, longest_document
 from veneer.models.strict import first_line
 
 _CHUNK_ROWS = 512
@@ -66,25 +67,44 @@ def hidden_states(module: nn.Module, batch: BatchLike) -> Tensor:
     """The last hidden states ``[B, T, d]`` (after the final norm) of a packed or right-padded batch.
 
     No dense mask is built: packed documents are isolated by their lengths, and right padding cannot be seen under a
-    causal mask.
+    causal mask. Where lengths are not enough for a model, its own masks are built, of one document after the other.
     """
-    decoder = body_of(module)
+    body = body_of(module)
     device = next(module.parameters()).device
     ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+    lengths, prefix = batch.document_lengths or [ids.shape[1]], batch.shared_prefix
     arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if getattr(module, "_supports_attention_backend", False):
-        lengths = batch.document_lengths or [ids.shape[1]]
-        # transformers leaves a 4-D mask as it is, and our attention ignores it: nothing of size T x T is built.
-        arguments |= {"document_lengths": lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
-        if batch.shared_prefix:
-            arguments["shared_prefix"] = batch.shared_prefix
-    elif batch.document_lengths is not None and len(batch.document_lengths) > 1:
-        raise ModelError(
-            f"{type(module).__name__} does not let documents be isolated in a packed row",
-            fix="set packing: false",
-        )
-    states: Tensor = decoder(**arguments).last_hidden_state
+    limit = longest_document(module, body)
+    if max(lengths) + prefix <= limit:
+        arguments |= by_lengths(lengths, device) | ({"shared_prefix": prefix} if prefix else {})
+    elif len(lengths) > 1:
+        if not limit:
+            raise ModelError(
+                f"{type(module).__name__} does not let documents be isolated in a packed row",
+                fix="set packing: false",
+            )
+        return _one_by_one(body, ids, positions, lengths, prefix)
+    states: Tensor = body(**arguments).last_hidden_state
     return states
+
+
+def settle_documents(module: nn.Module) -> None:
+    """Finds out what :func:`hidden_states` has to know of a model, ahead of whoever watches its layers at work."""
+    longest_document(module, body_of(module))
+
+
+def _one_by_one(body: nn.Module, ids: Tensor, positions: Tensor, lengths: list[int], prefix: int) -> Tensor:
+    """The hidden states of a packed row's documents, each computed by itself under the model's own masks."""
+    found: list[Tensor] = []
+    start = 0
+    for number, length in enumerate(lengths):
+        part = torch.arange(start, start + length, device=ids.device)
+        before = prefix if number else 0  # the first document is what the others begin with
+        part = torch.cat((torch.arange(before, device=ids.device), part))
+        output: Any = body(input_ids=ids[:, part], position_ids=positions[:, part], use_cache=False)
+        found.append(output.last_hidden_state[:, before:])
+        start += length
+    return torch.cat(found, 1)
 
 
 def answer_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> LossOutput:
@@ -159,6 +179,7 @@ def check_head(module: nn.Module) -> None:
     if head is None:
         raise ModelError(f"{type(module).__name__} has no output head", fix="use a causal language model")
     ids = torch.arange(4, device=device)[None] % module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    settle_documents(module)
     try:
         z = head(body_of(module)(input_ids=ids, use_cache=False).last_hidden_state).float()
         how = _logits_of(module)

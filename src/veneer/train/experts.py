@@ -10,7 +10,7 @@ from veneer.data.conversation import Rows
 from veneer.data.pack import Batch, collate_packed
 from veneer.errors import UsageError
 from veneer.models import Base
-from veneer.models.head import hidden_states
+from veneer.models.head import hidden_states, settle_documents
 from veneer.recipe import Recipe
 from veneer.train.distributed import World
 from veneer.train.preflight import render_rows
@@ -38,6 +38,7 @@ def with_chosen_experts(
         raise UsageError("experts: top-K counts on rows of conversations", where="adapter.experts", fix=fix)
 
     module = base.module.eval()
+    settle_documents(module)
     return choose_experts(
         module, config, _sample(base, rows, recipe, world), lambda batch: hidden_states(module, batch)
     )
