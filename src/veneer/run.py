@@ -262,12 +262,14 @@ def load_model(
 
 
 def is_classifier(spec: str | Path) -> bool:
-    """Whether a run or an adapter folder holds a classifier."""
+    """Whether a run, an adapter folder or a model's folder holds a classifier."""
     path = Path(spec).expanduser()
     if is_run(path) and (path / "recipe.yaml").is_file():
         return open_run(path).recipe.is_classification
     try:
-        return _read_object(path / "adapter_config.json").get("task_type") == "SEQ_CLS"
+        if (path / "adapter_config.json").is_file():
+            return _read_object(path / "adapter_config.json").get("task_type") == "SEQ_CLS"
+        return bool(_own_labels(path))
     except AdapterError:
         return False  # whoever loads it says what is wrong with the file
 
@@ -279,8 +281,8 @@ def load_classifier(
     device: str = "auto",
     base: str | None = None,
     allow_base_mismatch: bool = False,
-) -> AdaptedModel:
-    """The classifier that a run or an adapter folder stands for, with the names of its classes in ``base.labels``.
+) -> Base | AdaptedModel:
+    """The classifier that a run, an adapter's folder or a model's stands for; its base names the classes, ``labels``.
 
     An adapter of another program, which does not say the names, gets ``LABEL_0``, ``LABEL_1``, ...
 
@@ -295,6 +297,14 @@ def load_classifier(
     if not is_classifier(path):
         fix = "give a run of task: classification, or an adapter whose task_type is SEQ_CLS"
         raise UsageError(f"'{spec}' is no classifier", where=str(path), fix=fix)
+    if not is_run(path) and (labels := _own_labels(path)):
+        if base is not None:
+            raise UsageError(
+                f"'{spec}' is no adapter that could be put on '{base}'", where=str(path), fix="leave it out"
+            )
+        from veneer.models import load_base
+
+        return load_base(path, dtype=dtype, device=device, labels=labels)
     revision = None
     if is_run(path):
         run = open_run(path)
@@ -306,6 +316,16 @@ def load_classifier(
         base, revision = recorded_base(path)
     labels = classifier_notes(spec)["labels"] or [f"LABEL_{index}" for index in range(_classes_in(path))]
     return _adapted(path, base, revision, dtype, device, "none", allow_base_mismatch, labels)
+
+
+def _own_labels(folder: Path) -> list[str]:
+    """The classes of a model's folder, a classifier's, in the order of its logits; none for any other folder."""
+    config = _read_object(folder / "config.json")
+    names = config.get("id2label")
+    is_classifier = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+    if not is_classifier or not isinstance(names, dict):
+        return []
+    return [str(names[key]) for key in sorted(names, key=int)]
 
 
 def classifier_notes(spec: str | Path) -> dict[str, Any]:

@@ -60,6 +60,14 @@ def test_a_classifier_is_trained_measured_and_asked(
     assert "a classifier writes no text" in veneer("generate", "run", "hello", "--system", "be kind").stderr
     assert "it names classes and writes no text" in veneer("chat", "run").stderr
 
+    merged = veneer("merge", "run", "--output", "merged")
+    assert merged.returncode == 0, merged.stderr
+    assert "measured on the run's 6 held-out rows\n" in merged.stdout
+    assert "next:  veneer generate merged" in merged.stdout
+    assert veneer("generate", "merged", "sun fire 77").stdout.split()[0] == "warm"
+    again = json.loads(veneer("eval", "merged", "--data", "rows.jsonl", "--json", "--quiet").stdout)
+    assert again["metrics"]["accuracy"]["value"] == 1.0
+
     assert "veneer generate run" in trained.stdout  # what to do next: a classifier does not chat
     shown = json.loads(veneer("data", "show", "recipe.yaml", "-n", "1", "--json").stdout)
     assert shown[0]["label"] in words

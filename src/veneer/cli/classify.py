@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from veneer.data import Rows
     from veneer.evaluate import Evaluation
     from veneer.evaluate.classify import Prediction
+    from veneer.models import Base
     from veneer.run import Run
 
 
 def measure_classes(
-    load: Callable[[], AdaptedModel],
+    load: Callable[[], Base | AdaptedModel],
     model: str,
     rows: Rows,
     run: Run | None,
@@ -69,7 +70,7 @@ def class_document(found: Evaluation, saved: Path | None) -> dict[str, Any]:
 
 
 def predict_classes(
-    load: Callable[[], AdaptedModel],
+    load: Callable[[], Base | AdaptedModel],
     model: str,
     texts: Sequence[str],
     data: str | None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +27,6 @@ from veneer.cli.options import (
 from veneer.errors import UsageError
 
 if TYPE_CHECKING:
-    from veneer.adapters import AdaptedModel
     from veneer.cli.speaker import Speaker
 
 
@@ -86,12 +86,13 @@ def generate(
             if given:
                 raise UsageError("a classifier writes no text", where=option, fix="leave it out")
         with stdout_reserved(json):
-
-            def load() -> AdaptedModel:
-                return load_classifier(
-                    model, dtype=dtype, device=device, base=base, allow_base_mismatch=allow_base_mismatch
-                )
-
+            where: dict[str, Any] = {
+                "dtype": dtype,
+                "device": device,
+                "base": base,
+                "allow_base_mismatch": allow_base_mismatch,
+            }
+            load = functools.partial(load_classifier, model, **where)
             labels = predict_classes(load, model, texts, data, max_rows=max_rows, batch_size=batch_size)
         if json:
             print_json({"model": model, "answers": prediction_document(labels)})

@@ -69,10 +69,10 @@ def merge(
     else:
         console().print(_table(merged))
         print(f"written in {merged.report.dtype}: onto the {merged.onto} weights")
-    print(f"measured on {merged.measured_on}, {merged.report.positions:,} tokens")
+    print(f"measured on {merged.measured_on}" + (f", {merged.report.positions:,} tokens" if not merged.labels else ""))
     folder = short_path(merged.folder)
-    print(f"model: {folder} ({merged.bytes / 1e6:,.0f} MB)")
-    print(f"next:  veneer chat {shlex.quote(folder)}")
+    print(f"model: {folder} ({merged.bytes / 1e6:,.{0 if merged.bytes >= 1e7 else 1}f} MB)")
+    print(f"next:  veneer {'generate' if merged.labels else 'chat'} {shlex.quote(folder)}")
 
 
 def _table(merged: MergedModel) -> Table:

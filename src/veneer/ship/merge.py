@@ -26,7 +26,7 @@ from veneer.models.processor import copy_processor
 from veneer.models.quantized_config import declared_config
 from veneer.models.source import find
 from veneer.models.strict import quiet
-from veneer.run import is_run, load_model, open_run
+from veneer.run import classifier_notes, is_classifier, is_run, load_classifier, load_model, open_run
 from veneer.ship.drift import Probe, drift, logits_of, probe_of
 from veneer.ship.plain import make_plain
 
@@ -46,6 +46,7 @@ class MergedModel:
         onto: which weights the adapter was folded into: "original" or "dequantized".
         drifts: the drift by ``onto``: of both, where the adapter was trained over codes and there is an original.
         measured_on: what the drift was measured on, for people.
+        labels: the classes of a classifier, in the order of its logits.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class MergedModel:
     onto: str
     drifts: Mapping[str, MergeReport]
     measured_on: str
+    labels: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """What ``veneer.json`` of the folder says of the merge."""
@@ -87,7 +89,8 @@ def merge_model(
     """Folds the adapter of ``spec`` into its base and writes weights, configuration, tokenizer and chat template.
 
     The folder is read back before it takes its name, and the model that was read is compared with base and adapter: on
-    the answers of the run's own held-out rows, else on built-in texts. Models are loaded one after the other.
+    the answers of the run's own held-out rows, else on built-in texts; a classifier on the classes that it gives them.
+    Models are loaded one after the other.
 
     Args:
         spec: a run folder or an adapter folder.
@@ -117,9 +120,15 @@ def merge_model(
         raise UsageError(f"unknown weights to merge onto: '{onto}'", where="onto", fix=fix)
     run = open_run(spec) if is_run(spec) else None
     adapter = run.folder.adapter if run else Path(spec).expanduser()
-    adapted = load_model(
-        spec, dtype=dtype, device=device, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
-    )
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "base": base, "allow_base_mismatch": allow_base_mismatch}
+    notes: dict[str, Any] = {}
+    adapted: Base | AdaptedModel
+    if is_classifier(spec):
+        if quantize not in ("auto", "none"):
+            raise UsageError("a classifier's base is never quantised", where="quantize", fix="leave it out")
+        adapted, notes = load_classifier(spec, **where), classifier_notes(spec)
+    else:
+        adapted = load_model(spec, quantize=quantize, **where)
     if not isinstance(adapted, AdaptedModel) or not isinstance(adapted.base, Base):
         raise UsageError(f"'{spec}' is a base: there is no adapter to merge", fix="give a run or an adapter folder")
     loaded = adapted.base
@@ -144,13 +153,17 @@ def merge_model(
             drifts[way] = _fold(adapted, loaded, probe, kept, template, temporary if way == chosen else None)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         identity = loaded.identity.to_dict()
-        result = MergedModel(folder, drifts[chosen], identity, size, trained_over, chosen, drifts, probe.description)
+        labels = loaded.labels
+        result = MergedModel(
+            folder, drifts[chosen], identity, size, trained_over, chosen, drifts, probe.description, labels
+        )
         write_json(
             temporary / "veneer.json",
             {
                 "base": identity,
                 "merged": {"adapter": str(Path(spec).absolute()), **result.record()},
                 "veneer_version": __version__,
+                **notes,
             },
         )
     return result
@@ -208,4 +221,5 @@ def _fold(
         base.tokenizer.save_pretrained(str(folder))
     finally:
         base.tokenizer.chat_template = before
-    return drift(kept, load_base(folder, dtype=base.dtype, device=base.device).module, probe)
+    written = load_base(folder, dtype=base.dtype, device=base.device, labels=base.labels or None)
+    return drift(kept, written.module, probe)
