@@ -24,6 +24,7 @@ _WHERE = {
     "evaluate_classes": "veneer.evaluate",
     "predict": "veneer.evaluate",
     "load_classifier": "veneer.run",
+    "load_model": "veneer.run",
     "train": "veneer.train",
     "initialise": "veneer.train",
     "inspect_adapter": "veneer.ship",
@@ -46,6 +47,7 @@ __all__ = [
     "inspect_adapter",
     "load_base",
     "load_classifier",
+    "load_model",
     "predict",
     "resize_adapter",
     "save_base",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from veneer.evaluate import evaluate, evaluate_classes, predict
     from veneer.generate.generate import generate
     from veneer.models import Base, add_tokens, load_base, save_base
-    from veneer.run import load_classifier
+    from veneer.run import load_classifier, load_model
     from veneer.ship import inspect_adapter, resize_adapter
     from veneer.train import initialise, train
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +206,27 @@ def test_a_peft_model_is_not_attached_to(llama):
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=QV))
     with pytest.raises(AdapterError, match="has adapters already"):
         attach(theirs, LoraConfig())
+
+
+def test_token_rows_of_a_head_with_a_bias_are_said_not_to_be_in_peft(tmp_path: Path) -> None:
+    """PEFT 0.21.2 multiplies with the head's rows and leaves its bias out."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        config = GPTJConfig(vocab_size=32, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, tie_word_embeddings=True)
+        model = GPTJForCausalLM(config).eval()
+        torch.nn.init.normal_(model.lm_head.bias)
+        return model
+
+    ids = torch.arange(8)[None]
+    module = base()
+    adapted = attach(module, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]), seed=0)
+    folder = adapted.save(tmp_path / "a")
+    said = json.loads((folder / "veneer.json").read_text())["not_in_peft"]
+    assert len(said) == 1
+    assert "token rows of lm_head are trained, it leaves the layer's bias out" in said[0]
+    theirs = peft.PeftModel.from_pretrained(base(), str(folder)).eval()
+    with torch.no_grad():
+        difference = module(ids).logits - theirs(ids).logits
+    torch.testing.assert_close(difference, module.lm_head.bias.expand_as(difference), atol=1e-5, rtol=1e-4)

@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma3": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
     "Phi3": {"sliding_window": 6},
     "GPTNeoX": {},
+    "GPTNeo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
 }

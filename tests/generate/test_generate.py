@@ -16,7 +16,7 @@ from veneer.generate import decoder as decoder_module
 from veneer.kernels import native
 from veneer.models import Base, BaseIdentity
 
-FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "GPTNeoX", "GPT2", "Lfm2"]
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "GPTNeoX", "GPTNeo", "GPT2", "Lfm2"]
 
 
 def ids_of(generations: list[Generation]) -> list[list[int]]:
@@ -62,6 +62,19 @@ def test_another_seed_and_another_row_draw_otherwise(base: Base) -> None:
     other = generate(base, [prompt], seed=1, **options)
     assert len({tuple(row) for row in ids_of([*same, *other])}) == 4
     assert generate(base, [prompt] * 3, seed=0, **options) == same
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPTNeo", "GPT2"])
+def test_rows_may_go_on_to_the_models_last_position(
+    name: str, family: Callable[[str], Any], prompts: list[list[int]]
+) -> None:
+    """GPT-Neo keeps a mask of as many columns as it has positions: padding must not push a row past them."""
+    base = family(name).base
+    rows = [prompts[0], list(range(60, 180)), prompts[1]]  # of 128 positions
+    options: dict[str, Any] = {"max_new_tokens": 400, "stop_token_ids": ()}
+    found = generate(base, rows, **options)
+    assert [len(row.token_ids) for row in found] == [128 - len(row) for row in rows]
+    assert found == one_at_a_time(base, rows, **options)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX"])

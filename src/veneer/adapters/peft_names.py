@@ -67,6 +67,12 @@ def not_in_peft(root: nn.Module, config: LoraConfig, plan: Plan) -> list[str]:
             f"PEFT will not compute this adapter as it is trained here: it has no place for {held}, which are "
             "parameters and no modules. For other programs merge it (veneer merge)"
         )
+    biased = [target.path for target in plan.tokens if getattr(modules[target.path], "bias", None) is not None]
+    lines += [
+        "PEFT will not compute this adapter as it is trained here: where token rows of "
+        f"{path} are trained, it leaves the layer's bias out (up to 0.21.2). For other programs merge it (veneer merge)"
+        for path in biased
+    ]
     for why, names in found.items():
         some = list(dict.fromkeys(names))
         lines.append(

@@ -34,6 +34,7 @@ Level = Literal["none", "mlp", "full"]
 LEVELS: tuple[Level, ...] = ("none", "mlp", "full")
 SPARE = 0.9  # of what is free may be planned with
 WORKING = 300_000_000  # what the backward holds beside what was kept: a layer's gradients, the head's chunks
+_SWITCHES = ("recompute", "gradient_checkpointing", "_gradient_checkpointing_func")  # attributes of the blocks
 
 
 @contextmanager
@@ -49,12 +50,8 @@ def gradient_checkpointing(module: nn.Module, which: Level | Sequence[nn.Module]
     Raises:
         TrainError: the model has nothing of the kind.
     """
-    parts: list[Any] = all_blocks(module, which) if isinstance(which, str) else list(which)
-    if which != "none" and isinstance(which, str) and not parts:
-        what = "no gated MLP that runs as one operation" if which == "mlp" else "no layers that can be computed again"
-        raise TrainError(
-            f"{type(module).__name__} has {what}", where="train.gradient_checkpointing", fix="set it to auto or false"
-        )
+    parts: list[Any] = _some_blocks(module, which) if isinstance(which, str) else list(which)
+    own = [{key: part.__dict__[key] for key in _SWITCHES if key in part.__dict__} for part in parts]
     for part in parts:
         if isinstance(part, FusedGatedMlp):
             part.recompute = True
@@ -64,11 +61,21 @@ def gradient_checkpointing(module: nn.Module, which: Level | Sequence[nn.Module]
     try:
         yield
     finally:
-        for part in parts:
-            if isinstance(part, FusedGatedMlp):
-                part.recompute = False
-            else:
-                del part.gradient_checkpointing, part._gradient_checkpointing_func
+        for part, before in zip(parts, own, strict=True):
+            for key in _SWITCHES:
+                part.__dict__.pop(key, None)
+            part.__dict__.update(before)  # a user's own checkpointing among it
+
+
+def _some_blocks(module: nn.Module, level: Level) -> list[nn.Module]:
+    """All blocks of a kind, of which there must be one."""
+    blocks = all_blocks(module, level)
+    if level != "none" and not blocks:
+        what = "no gated MLP that runs as one operation" if level == "mlp" else "no layers that can be computed again"
+        raise TrainError(
+            f"{type(module).__name__} has {what}", where="train.gradient_checkpointing", fix="set it to auto or false"
+        )
+    return blocks
 
 
 def all_blocks(module: nn.Module, level: Level) -> list[nn.Module]:
@@ -167,9 +174,12 @@ def choose_blocks(
             free; all layers where it does not fit even so, and none where the system does not say what is free.
         batch: a few tokens: what they keep is measured, and grows with their number.
         tokens: of the largest micro-batch.
+
+    Raises:
+        TrainError: the recipe asks for a kind of which the model has none.
     """
     if wanted != "auto":
-        return all_blocks(module, "mlp" if wanted == "mlp" else "full" if wanted else "none"), None
+        return _some_blocks(module, "mlp" if wanted == "mlp" else "full" if wanted else "none"), None
     device = batch.input_ids.device
     free = free_bytes(device)
     if free is None:
@@ -183,13 +193,14 @@ def choose_blocks(
         return [], None
     blocks, needed = _fewest(module, objective, batch, lambda kept: need(kept) <= SPARE * free)
     needed = need(needed)
+    what = said_of(module, blocks)
     short = f"a micro-batch of {tokens} tokens needs about {plain / 1e9:.1f} GB of activations"
     if needed <= SPARE * free:
-        what = said_of(module, blocks)
         return blocks, f"{short}, and {free / 1e9:.1f} GB are free: {what} ({needed / 1e9:.1f} GB)"
+    instead = f", {needed / 1e9:.1f} GB with {what}" if blocks else ""
     return blocks, (
-        f"{short}, {needed / 1e9:.1f} GB with every layer computed twice, and {free / 1e9:.1f} GB are free: it may not "
-        "fit; lower train.micro_batch_tokens or train.max_length"
+        f"{short}{instead}, and {free / 1e9:.1f} GB are free: it may not fit; lower train.micro_batch_tokens or "
+        "train.max_length"
     )
 
 
