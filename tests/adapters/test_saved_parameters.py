@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import pickle
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -119,6 +123,53 @@ def test_two_adapters_have_their_own_and_do_not_act_together() -> None:
     adapted.add(LoraConfig(r=2, target_modules=["in_proj"]), "third", seed=2)  # inside of a mixer that has a slot
     adapted.remove("second")
     assert torch.equal(logits(adapted.module), first)
+
+
+def doubled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return 2 * type(self).forward(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_forward_that_others_have_put_onto_the_module_is_called_and_comes_back(bound: bool) -> None:
+    module = hybrid()
+    mixer = mixers(module)[0]
+    forward: Any = types.MethodType(doubled, mixer) if bound else functools.partial(doubled, mixer)
+    mixer.forward = forward
+    base = logits(module)
+    assert not torch.equal(base, logits(hybrid()))
+    adapted = attach(module, CONFIG, seed=0)
+    assert torch.equal(logits(module), base)
+    expected = logits(trained(adapted).module)
+    assert not torch.equal(expected, base)
+    with adapted.disabled():
+        assert torch.equal(logits(module), base)
+    again = pickle.loads(pickle.dumps(module)) if bound is False else copy.deepcopy(module)
+    assert torch.equal(logits(again), expected)
+    merged = merge(adapted)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    own: Any = mixers(merged)[0].__dict__["forward"]
+    assert (own.__self__ if bound else own.args[0]) is mixers(merged)[0]
+    adapted.detach()
+    assert mixer.__dict__["forward"] is forward
+    assert torch.equal(logits(module), base)
+
+
+def test_a_forward_that_others_have_wrapped_meanwhile_stays_theirs() -> None:
+    module = hybrid()
+    base, adapted = logits(module), attach(module, CONFIG, seed=0)
+    trained(adapted)
+    mixer = mixers(module)[0]
+    within, calls = mixer.forward, []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return within(*args, **kwargs)
+
+    mixer.__dict__["forward"] = wrapped
+    adapted.detach()
+    assert torch.equal(logits(module), base)
+    assert calls
+    assert mixer.__dict__["forward"] is wrapped
 
 
 @pytest.mark.parametrize("name", ["dt_bias", "0.mamba.A_log"])

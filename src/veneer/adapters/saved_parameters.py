@@ -6,7 +6,6 @@ trained tensors stand in the place of its own. PEFT's format has no place for th
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,8 +27,9 @@ class SavedParameters(nn.Module):
         self.__dict__["_owner"] = base_layer  # no child of ours: we are one of it
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.__dict__["_previous"] = base_layer.__dict__.get("forward")  # what others have put onto the instance
         base_layer.add_module(CHILD, self)
-        base_layer.__dict__["forward"] = types.MethodType(_forward, base_layer)
+        base_layer.__dict__["forward"] = self.run  # a method of ours: copied and pickled, it goes with the copy
 
     @property
     def base_layer(self) -> nn.Module:
@@ -59,19 +59,25 @@ class SavedParameters(nn.Module):
         return {key: t.to(own[key].dtype, copy=True) for key, t in found.items()}  # type: ignore[union-attr]
 
     def take_off(self) -> None:
-        """Leaves the module as it was."""
-        del self.base_layer._modules[CHILD], self.base_layer.__dict__["forward"]
+        """Leaves the module as it was. A forward of ours that was wrapped since stays within, and does nothing."""
+        own, previous = self.base_layer.__dict__, self.__dict__["_previous"]
+        del self.base_layer._modules[CHILD]
+        if own.get("forward") == self.run:
+            del own["forward"]
+            if previous is not None:
+                own["forward"] = previous
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with the active copies in the place of its own parameters."""
+        owner, previous = self.base_layer, self.__dict__["_previous"]
+        acting = self.acting()
+        owner.__dict__.update(acting)  # which Python looks into before torch's own tables
+        try:
+            return type(owner).forward(owner, *args, **kwargs) if previous is None else previous(*args, **kwargs)
+        finally:
+            for key in acting:
+                del owner.__dict__[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SavedParameters:
         self.adapters._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's own
         return self
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    acting = self._modules[CHILD].acting()  # type: ignore[union-attr,operator]  # it is one of the above
-    self.__dict__.update(acting)  # which Python looks into before torch's own tables
-    try:
-        return type(self).forward(self, *args, **kwargs)
-    finally:
-        for key in acting:
-            del self.__dict__[key]
