@@ -24,7 +24,10 @@ from veneer.models.classifier import class_logits, pad_id_of_classifier
 from veneer.recipe import recipe_from
 from veneer.run import classifier_notes, is_classifier, load_classifier, load_model, open_run
 from veneer.train import train, train_recipe
-from veneer.train.classification import classification, for_classifier
+from veneer.train.classification import class_micro_batches, classification, for_classifier
+from veneer.train.distributed import World
+from veneer.train.layout import Layout
+from veneer.train.start import start_from_rows
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
@@ -236,6 +239,22 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     one, two = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("cut", "whole"))
     assert one == two
+
+
+def test_eva_starts_at_what_the_tokens_say_and_never_at_padding(folder: Callable[[str], Path]) -> None:
+    started = []
+    for rows in (1, 24):
+        base = load(folder("bert"))
+        config = LoraConfig(r=4, init_lora_weights="eva", eva_config={"rho": 1.0, "tau": 1.0})
+        adapted = attach(base, for_classifier(config, base), seed=0)
+        dataset = rendered(read(examples(), format="labelled"), base, 64)
+        layout = Layout(False, 2048, rows, pad_id_of_classifier(base.module), False)
+        device, world = torch.device("cpu"), World()
+        start_from_rows(adapted, dataset, layout, class_micro_batches, classification, device, 0, world)
+        started.append({path: adapter.A.detach() for path, adapter in adapted.linears().items()})
+    for path, A in started[0].items():
+        cosines = torch.linalg.svdvals(A @ started[1][path].t())  # of the angles between the two subspaces
+        assert cosines.min() > 0.999, path
 
 
 def test_the_run_is_evaluated_keeps_the_best_and_remembers_its_labels(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from veneer.adapters.init_data import initialise_from
 from veneer.adapters.save import read_training_state
 from veneer.adapters.settings import EvaConfig, LoraGaConfig
 from veneer.data.dataset import TokenDataset
-from veneer.data.pack import IGNORE_INDEX
+from veneer.data.pack import IGNORE_INDEX, Batch
 from veneer.train.distributed import World
 from veneer.train.layout import Layout
 from veneer.train.sampler import step_rows
@@ -59,8 +59,7 @@ def start_from_rows(
             value: Tensor = objective(adapted.module, batch.to(device)).loss_sum
             return value
 
-        # EVA looks where the model is trained to answer, as the paper and PEFT do.
-        text = initialise_from(adapted, batches, loss, counted=lambda batch: batch.targets.flatten() != IGNORE_INDEX)
+        text = initialise_from(adapted, batches, loss, counted=_counted)
     if world.size > 1:
         _share(adapted, name, world)
     return text
@@ -73,6 +72,16 @@ def start_from_checkpoint(adapted: AdaptedModel, checkpoint: Path) -> None:
     ranks = {path: len(tensor) for key, tensor in keys.items() for path in [_path(key)] if path is not None}
     _take_ranks(adapted, adapted.active, ranks)
     adapted.started(adapted.active)
+
+
+def _counted(batch: Batch) -> Tensor | None:
+    """Where EVA looks: where the model is trained to answer, as the paper and PEFT do; of a classifier at all tokens.
+
+    Never at padding: how rows are batched would change the start.
+    """
+    trained = batch.targets.flatten() != IGNORE_INDEX
+    mask = batch.attention_mask
+    return trained if mask is None or trained.any() else mask.flatten()
 
 
 def _share(adapted: AdaptedModel, name: str, world: World) -> None:
