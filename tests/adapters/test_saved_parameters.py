@@ -113,7 +113,7 @@ def test_two_adapters_have_their_own_and_do_not_act_together() -> None:
     adapted = trained(attach(hybrid(), CONFIG, seed=0))
     first = logits(adapted.module)
     adapted.add(LoraConfig(r=2, modules_to_save=["D"]), "second", seed=1)
-    with pytest.raises(AdapterError, match="both replace"):
+    with pytest.raises(AdapterError, match="both replace D of this module"):
         adapted.use("default", "second")
     adapted.use("second")
     second = logits(trained(adapted).module)
@@ -170,6 +170,71 @@ def test_a_forward_that_others_have_wrapped_meanwhile_stays_theirs() -> None:
     assert torch.equal(logits(module), base)
     assert calls
     assert mixer.__dict__["forward"] is wrapped
+
+
+def test_two_adapters_that_train_different_ones_of_a_module_act_together() -> None:
+    adapted = attach(hybrid(), LoraConfig(r=2, modules_to_save=["A_log"]), name="first", seed=0)
+    adapted.add(LoraConfig(r=2, modules_to_save=["D"]), "second", seed=1)
+    trained(adapted)
+    alone = logits(adapted.module)
+    adapted.use("second")
+    trained(adapted)
+    adapted.use("first", "second")
+    both = logits(adapted.module)
+    assert not torch.equal(both, alone)
+    torch.testing.assert_close(logits(merge(adapted)), both, rtol=1e-4, atol=1e-5)
+    adapted.remove("second")
+    assert torch.equal(logits(adapted.module), alone)
+
+
+STACKS = {"target_modules": ["q_proj"], "modules_to_save": ["experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"experts": "all", "modules_to_save": ["down_proj"]},
+        {"experts": "all", **STACKS},
+        {"target_parameters": ["experts.gate_up_proj"], **STACKS},
+    ],
+)
+def test_a_stack_of_experts_has_factors_or_is_trained_in_full(settings: dict[str, Any]) -> None:
+    module = tiny_models.MOE["qwen3-moe"]().eval()
+    with pytest.raises(AdapterError, match="Experts cannot be changed in two ways by one adapter") as refused:
+        attach(module, LoraConfig(r=4, **settings), seed=0)
+    assert str(refused.value.where).endswith("mlp.experts")
+    assert "modules_to_save (down_proj)" in str(refused.value.fix)
+    base = logits(module)
+    adapted = attach(module, LoraConfig(r=4, **STACKS), seed=0)  # which finds the model as it was
+    assert any(key.endswith("experts.down_proj") for key, _ in adapted.named_parameters())
+    assert torch.equal(logits(module), base)
+    assert not torch.equal(logits(trained(adapted).module), base)
+    adapted.detach()
+    assert torch.equal(logits(module), base)
+
+
+def test_an_adapter_that_fails_on_its_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = hybrid()
+    base, parts = logits(module), [type(part) for part in module.modules()]
+    first = attach(module, LoraConfig(r=2, target_modules=["q_proj"]), seed=0, name="first")
+    there = [type(part) for part in module.modules()]
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.adapters.saved_parameters.SavedParameters.add", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            first.add(CONFIG, "second")
+        assert [type(part) for part in module.modules()] == there
+        assert list(first.configs) == ["first"]
+        first.detach()
+        with pytest.raises(torch.OutOfMemoryError):
+            attach(module, CONFIG, seed=0)
+    assert [type(part) for part in module.modules()] == parts
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    attach(module, CONFIG, seed=0).detach()
+    assert torch.equal(logits(module), base)
 
 
 @pytest.mark.parametrize("name", ["dt_bias", "0.mamba.A_log"])

@@ -22,7 +22,7 @@ from veneer.adapters.coverage import Coverage, coverage
 from veneer.adapters.experts import LoraExperts
 from veneer.adapters.layers import LoraAdapter, LoraEmbedding, LoraLinear
 from veneer.adapters.mixed import BASE, mixed_rows
-from veneer.adapters.nesting import check_places
+from veneer.adapters.nesting import check_places, check_together
 from veneer.adapters.ranks import with_plan_ranks, with_ranks
 from veneer.adapters.read_weight import let_read
 from veneer.adapters.router import LoraRouter
@@ -151,13 +151,8 @@ class AdaptedModel:
         check_fit(config, plan, base_modules(self.module))
         self.install(name, config, plan)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        try:
+        with self._or_as_it_was(name):
             self._fill(name, seed, originals)
-        except BaseException:
-            self.remove(name)
-            if not self.configs:
-                self.detach()
-            raise
         if config.init_lora_weights in DATA_INITS:
             self.waiting[name] = seed
 
@@ -200,23 +195,40 @@ class AdaptedModel:
         Whoever fills them then starts its variants: :meth:`LoraLinear.start`.
         """
         self._check_name(name)
-        modules, hanging = base_modules(self.module), places(self.module)
+        modules = base_modules(self.module)
         check_places(plan, modules, self._slots)
         if not self.configs:
             self._trained_before = [(p, p.requires_grad) for p in self.module.parameters()]
             self.module.requires_grad_(False)
+        self.configs[name], self.plans[name] = config, plan
+        with self._or_as_it_was(name):
+            self._place(name, config, plan, modules)
+
+    @contextlib.contextmanager
+    def _or_as_it_was(self, name: str) -> Iterator[None]:
+        """Takes the adapter off again where what is within fails."""
+        try:
+            yield
+        except BaseException:
+            self.remove(name)
+            if not self.configs:
+                self.detach()
+            raise
+
+    def _place(self, name: str, config: LoraConfig, plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+        hanging = places(self.module)
 
         def slot_at(path: str, kind: type[S], **options: bool) -> S:
             """The slot at ``path``, put in place (wherever the module hangs) if there is none."""
             slot = self._slots.get(path)
             if slot is None:
                 module = modules[path]
-                slot = kind(module, **options)  # type: ignore[arg-type]  # _check_places has seen that the kinds fit
+                slot = kind(module, **options)  # type: ignore[arg-type]  # check_places has seen that the kinds fit
                 slot.train(module.training)
+                self._slots[path] = slot
                 for parent, attribute in () if kind is SavedParameters else hanging[id(module)]:  # which hangs in it
                     setattr(parent, attribute, slot)
                     let_read(parent, attribute)
-                self._slots[path] = slot
             assert isinstance(slot, kind)
             return slot
 
@@ -251,27 +263,16 @@ class AdaptedModel:
             slot_at(path, SavedParameters).add(name, keys)
         order = {path: index for index, path in enumerate(modules)}
         self._slots = dict(sorted(self._slots.items(), key=lambda item: order[item[0]]))
-        self.configs[name], self.plans[name] = config, plan
         self._refresh()
 
     def use(self, name: str, *more: str) -> None:
         """Makes ``name`` the adapter that acts and is trained; ``more`` act too (their updates add up) and stay frozen.
 
         Raises:
-            AdapterError: an unknown adapter, or two that replace the same module or the same token rows.
+            AdapterError: an unknown adapter, or two that replace the same module, parameter or token rows.
         """
         names = tuple(dict.fromkeys(self._known(n) for n in (name, *more)))
-        for path, slot in self._slots.items():
-            here = [n for n in names if n in slot.adapters]
-            own = [n for n in here if isinstance(slot, LoraLinear) and slot.own_codes((n,)) is not None]
-            if (isinstance(slot, SavedModule | SavedParameters) and len(here) > 1) or len(own) > 1:
-                raise AdapterError(f"adapters {here} both replace this module", where=path, fix="use one of them")
-            if isinstance(slot, (TokenEmbedding, TokenHead)):
-                ids = [i for n in here for i in slot.adapters[n].ids.tolist()]  # type: ignore[operator]  # untyped
-                if len(ids) != len(set(ids)):
-                    raise AdapterError(
-                        f"adapters {here} replace the same token rows", where=path, fix="use one of them"
-                    )
+        check_together(names, self._slots)
         self._names = names
         self._refresh()
 
@@ -429,7 +430,7 @@ class AdaptedModel:
             if isinstance(slot, (TokenHead, LoraLinear)):
                 slot.followed.discard(name)
             if not slot.adapters:
-                take_off(slot, where[id(slot)])
+                take_off(slot, where.get(id(slot), []))
                 del self._slots[path]
         del self.configs[name], self.plans[name]
         self.waiting.pop(name, None)

@@ -17,7 +17,7 @@ CHILD = "veneer_saved"  # under which it hangs in its module
 
 
 class SavedParameters(nn.Module):
-    """Trained copies of some of a module's own parameters, at most one of which acts. It hangs in that module.
+    """Trained copies of some of a module's own parameters, at most one of each acts. It hangs in that module.
 
     The copies are float32; they are cast to the base's dtype where they are used.
     """
