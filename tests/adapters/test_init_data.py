@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ import veneer
 from veneer.adapters import AdaptedModel, LoraConfig, LoraLinear, attach, load_adapter
 from veneer.adapters.init_data import initialise_from
 from veneer.adapters.init_eva import Covariance, share_ranks
+from veneer.adapters.sample import layers_of
+from veneer.adapters.watch import gradients_watched
 from veneer.errors import AdapterError, UsageError
 from veneer.quant import QuantConfig, QuantizedLinear
 
@@ -167,6 +170,22 @@ def gradients(module: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
         for path, layer in module.named_modules()
         if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
     }
+
+
+@pytest.mark.parametrize("name", ["olmo", "olmoe"])
+def test_the_gradients_of_layers_whose_output_is_cut_off_in_place_are_those_of_autograd(name: str) -> None:
+    few = {} if name == "olmo" else {"num_experts": 4, "num_experts_per_tok": 2}
+    module = tiny_models._text(name.capitalize(), clip_qkv=0.5, **few)
+    batches = rows(2)
+    expected, own = gradients(module(), batches), module()
+    adapted = attach(own, LoraConfig(r=4, init_lora_weights="lora_ga"), seed=0)
+    found: dict[str, Tensor] = {}
+    with adapted.disabled(), gradients_watched(layers_of(adapted, "default"), found):
+        for batch in batches:
+            loss_of(own)(batch).backward()
+    assert found.keys() == adapted.linears().keys()
+    for path, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[path], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", ["llama", "gpt2"])

@@ -46,8 +46,9 @@ def gradients_watched(layers: Layers, gradients: dict[str, Tensor]) -> Iterator[
                 part = grads.to(dtype).t() @ rows.to(dtype)
                 gradients[path] = part if path not in gradients else gradients[path].add_(part)
 
-            # With the base frozen and the adapters off nothing needs a gradient before the first of these layers.
-            y = y if y.requires_grad else y.detach().requires_grad_()
+            # With the base frozen and the adapters off nothing needs a gradient before the first of these layers. No
+            # leaf, nor a view of one: OLMo cuts off what is too large in place. The hook sees it as it was before.
+            y = y if y.requires_grad else y.detach().requires_grad_().clone()
             y.register_hook(add)  # type: ignore[no-untyped-call]  # torch's own
             return y
 
