@@ -259,6 +259,17 @@ def test_the_weight_of_a_layer_is_no_such_parameter() -> None:
         attach(hybrid(), LoraConfig(r=4, modules_to_save=["in_proj.weight"]), seed=0)
 
 
+@pytest.mark.parametrize(("entry", "meant"), [("A_logg", "'A_log'"), ("dt_bia", "'dt_bias'"), ("mambaa", "'mamba'")])
+def test_a_name_that_is_nearly_one_is_told_once(entry: str, meant: str) -> None:
+    with pytest.raises(AdapterError, match="matches nothing in the base") as refused:
+        attach(hybrid(), LoraConfig(r=4, modules_to_save=[entry]), seed=0)
+    assert str(refused.value.fix).startswith(f"Did you mean {meant}")
+    with pytest.raises(AdapterError) as refused:
+        attach(hybrid(), LoraConfig(r=4, modules_to_save=["model.norm"]), seed=0)
+    said = str(refused.value.fix).removeprefix("Did you mean ").removesuffix("?").split(" or ")
+    assert len(said) == len(set(said)) > 0
+
+
 def test_it_can_be_looked_into_and_resized(tmp_path: Path) -> None:
     from veneer.ship.inspect import inspect_adapter
     from veneer.ship.resize import resize_adapter

@@ -53,12 +53,16 @@ def resolve_saved(
 
 def held_parameters(entry: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
     """The parameters of this name, with the modules that hold them beside others: no weight or bias of a layer."""
+    return [(path, name) for path, name in _all_held(modules) if ends_with(f"{path}.{name}", entry)]
+
+
+def _all_held(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
     return [
         (path, name)
         for path, module in modules.items()
         if path and module._modules and not is_product(module)
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and ends_with(f"{path}.{name}", entry)
+        if parameter is not None and parameter.is_floating_point()
     ]
 
 
@@ -77,7 +81,8 @@ def _nothing_to_save(entry: str, modules: Mapping[str, nn.Module]) -> AdapterErr
             where="LoraConfig.modules_to_save",
             fix=f"save the module: {owner.rpartition('.')[2]}",
         )
-    names = sorted({path.rpartition(".")[2] for path in modules if path})
-    fix = did_you_mean(entry, [*names, *modules]) or "name a module of the base that has parameters"
+    paths = [path for path, module in modules.items() if path and next(module.parameters(), None) is not None]
+    names = sorted({path.rpartition(".")[2] for path in paths} | {name for _, name in _all_held(modules)})
+    fix = did_you_mean(entry, dict.fromkeys([*names, *paths])) or "name a module of the base that has parameters"
     what = f"module to save '{entry}' matches nothing in the base"
     return AdapterError(what, where="LoraConfig.modules_to_save", fix=fix)
