@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter, merge
 from veneer.adapters.adalora import orthogonality
+from veneer.adapters.settings import AdaLoraConfig
 from veneer.errors import AdapterError
 
 # PEFT talks about tied weights, embeddings and base model names on its own account.
@@ -289,3 +290,13 @@ def test_an_embedding_is_refused(llama: Llama) -> None:
     with pytest.raises(AdapterError, match="AdaLoRA has no form for embeddings") as caught:
         attach(llama(), config(target_modules=["q_proj", "embed_tokens"]))
     assert caught.value.where == "model.embed_tokens"
+
+
+@pytest.mark.parametrize("name", ["tinit", "tfinal"])
+def test_a_share_of_the_run_is_below_one_and_more_are_whole_steps(name: str) -> None:
+    for fits in (0, 0.99, 1, 1.0, 20, 20.0):
+        assert getattr(AdaLoraConfig(**{name: fits}), name) == fits
+    for value in (1.5, 20.25):
+        with pytest.raises(AdapterError, match=f"{name} cannot be {value}") as refused:
+            config(adalora_config={"target_r": 2, name: value})
+        assert "a share of the run, below 1, or a whole number of steps" in str(refused.value.fix)

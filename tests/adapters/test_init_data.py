@@ -16,6 +16,7 @@ from veneer.adapters import AdaptedModel, LoraConfig, LoraLinear, attach, load_a
 from veneer.adapters.init_data import initialise_from
 from veneer.adapters.init_eva import Covariance, share_ranks
 from veneer.adapters.sample import layers_of
+from veneer.adapters.settings import EvaConfig
 from veneer.adapters.watch import gradients_watched
 from veneer.errors import AdapterError, UsageError
 from veneer.quant import QuantConfig, QuantizedLinear
@@ -300,6 +301,14 @@ def test_an_adapter_that_waits_for_data_is_neither_trained_nor_saved(method: str
             use()  # type: ignore[operator]
         assert "veneer.initialise" in str(caught.value)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", ["no", "yes", 1, None])
+def test_a_switch_is_true_or_false_and_no_text(value: Any) -> None:
+    with pytest.raises(AdapterError, match="adjust_scaling_factors cannot be"):
+        EvaConfig(adjust_scaling_factors=value)
+    with pytest.raises(AdapterError, match="adjust_scaling_factors cannot be"):
+        LoraConfig(init_lora_weights="eva", eva_config={"adjust_scaling_factors": value})
 
 
 def test_bad_calls_are_refused_by_name(llama: Make) -> None:

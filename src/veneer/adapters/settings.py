@@ -51,6 +51,8 @@ class EvaConfig:
         _at_least("rows", self.rows, 1)
         if not 0.0 < self.tau <= 1.0:
             raise wrong("tau", self.tau, "give a cosine above 0, at most 1")
+        if not isinstance(self.adjust_scaling_factors, bool):  # any text would be taken as true
+            raise wrong("adjust_scaling_factors", self.adjust_scaling_factors, "give True or False")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,10 @@ class AdaLoraConfig:
         _at_least("deltaT", self.deltaT, 1)
         for name in ("tinit", "tfinal", "orth_reg_weight"):
             _at_least(name, getattr(self, name), 0)
+        for name in ("tinit", "tfinal"):
+            if getattr(self, name) > 1 and getattr(self, name) % 1:  # cut to whole steps, 1.5 would be one step
+                fix = "give a share of the run, below 1, or a whole number of steps"
+                raise wrong(name, getattr(self, name), fix)
         for name in ("beta1", "beta2"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise wrong(name, getattr(self, name), "give a number between 0 and 1")
