@@ -270,6 +270,12 @@ def test_a_name_that_is_nearly_one_is_told_once(entry: str, meant: str) -> None:
     assert len(said) == len(set(said)) > 0
 
 
+@pytest.mark.parametrize("entry", ["sinks", "0.self_attn.sinks"])
+def test_sinks_which_attention_gives_no_gradient_are_refused(entry: str) -> None:
+    with pytest.raises(AdapterError, match=f"'{entry}' cannot be trained: the attention of a run reads sinks"):
+        attach(tiny_models.MOE["gpt-oss"](), LoraConfig(r=4, modules_to_save=[entry]), seed=0)
+
+
 def test_it_can_be_looked_into_and_resized(tmp_path: Path) -> None:
     from veneer.ship.inspect import inspect_adapter
     from veneer.ship.resize import resize_adapter

@@ -10,6 +10,7 @@ from veneer.adapters.config import LoraConfig
 from veneer.adapters.structure import is_product
 from veneer.errors import AdapterError, did_you_mean
 
+SINKS = "sinks"  # transformers' name for the scores of gpt-oss' attention that have no token
 Parameters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -40,6 +41,12 @@ def resolve_saved(
         ]
         held = [] if matches else held_parameters(entry, modules)
         for path, name in held:
+            if name == SINKS and not from_file:
+                raise AdapterError(
+                    f"'{entry}' cannot be trained: the attention of a run reads sinks as numbers and gives no gradient",
+                    where="LoraConfig.modules_to_save",
+                    fix=f"remove '{entry}'; the projections beside it can be adapted",
+                )
             named.setdefault(path, []).append(name)
         if not matches and not held:
             miss(_nothing_to_save(entry, modules))
