@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from veneer.adapters import AdaptedModel, LoraConfig, attach, load_adapter, merge, read_adapter
 from veneer.adapters.save import warnings_of
 from veneer.errors import AdapterError
+from veneer.train.optimizer import FlatAdamW
 
 IDS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(0))
 CONFIG = LoraConfig(r=4, modules_to_save=["A_log", "D"])
@@ -274,6 +275,21 @@ def test_a_name_that_is_nearly_one_is_told_once(entry: str, meant: str) -> None:
 def test_sinks_which_attention_gives_no_gradient_are_refused(entry: str) -> None:
     with pytest.raises(AdapterError, match=f"'{entry}' cannot be trained: the attention of a run reads sinks"):
         attach(tiny_models.MOE["gpt-oss"](), LoraConfig(r=4, modules_to_save=[entry]), seed=0)
+
+
+@pytest.mark.parametrize("entry", ["A_log", "mamba"])
+@pytest.mark.parametrize("name", ["bamba", "jamba"])
+def test_weight_decay_pulls_no_speed_of_forgetting_to_zero(entry: str, name: str) -> None:
+    """The first Mamba has a matrix of them (Jamba's), the second a vector (Bamba's)."""
+    adapted = attach(tiny_models.HYBRID[name](), LoraConfig(r=4, modules_to_save=[entry, "D"]), seed=0)
+    before = adapted.state()
+    optimizer = FlatAdamW(adapted.named_parameters(), weight_decay=0.5)
+    optimizer.step(0.1)
+    moved = {key for key, value in adapted.state().items() if not torch.equal(value, before[key])}
+    own = {key for key in before if key.endswith((".A_log", ".D", ".dt_bias"))}
+    assert {key.rpartition(".")[2] for key in own} >= {"A_log", "D"}
+    assert not own & moved
+    assert all(key in moved for key in before if key.endswith(("lora_A.weight", ".in_proj.weight")))
 
 
 def test_it_can_be_looked_into_and_resized(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.layers import keep_dtype, master_dtype
+from veneer.adapters.saved_parameters import leave_undecayed
 
 
 class SavedModule(nn.Module):
@@ -31,6 +32,8 @@ class SavedModule(nn.Module):
         for parameter in trained.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(master_dtype(parameter))
+        for part in trained.modules():
+            leave_undecayed(part, part._parameters.values())
         self.adapters[name] = trained
         return trained
 

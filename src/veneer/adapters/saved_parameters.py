@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from veneer.adapters.layers import keep_dtype, master_dtype
 
 CHILD = "veneer_saved"  # under which it hangs in its module
+RATES = ("A_log", "time_decay")  # a module that has one of these carries a state from token to token
+
+
+def leave_undecayed(owner: nn.Module, trained: Iterable[nn.Parameter | None]) -> None:
+    """Marks a recurrence's own parameters for the optimizer, as Mamba's code does: weight decay is not for them.
+
+    At zero they are no smaller, they are another speed of forgetting.
+    """
+    if any(name in owner._parameters for name in RATES):
+        for parameter in trained:
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]  # a mark of theirs
 
 
 class SavedParameters(nn.Module):
@@ -41,7 +53,9 @@ class SavedParameters(nn.Module):
         """New copies, equal to the base; not active yet."""
         own = self.base_layer._parameters
         copies = {key: own[key].detach().to(master_dtype(own[key]), copy=True) for key in keys}  # type: ignore[union-attr,arg-type]
-        self.adapters[name] = nn.ParameterDict({key: nn.Parameter(copy) for key, copy in copies.items()})
+        trained = {key: nn.Parameter(copy) for key, copy in copies.items()}
+        leave_undecayed(self.base_layer, trained.values())
+        self.adapters[name] = nn.ParameterDict(trained)
 
     def acting(self) -> dict[str, Tensor]:
         """The active copies, in the base's dtypes."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from veneer.adapters.fused_experts import is_recognised, stack_names
+from veneer.adapters.saved_parameters import RATES
 from veneer.adapters.slots import SLOTS, base_modules
 from veneer.quant import QuantizedLinear
 from veneer.quant.stack import QuantizedStack
@@ -32,7 +33,6 @@ Kind = Literal["linear", "conv1d", "embedding", "router"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROUTER_CLASS = re.compile(r"router|gate(?!d)|gating", re.IGNORECASE)
 _ROUTER_PATH = re.compile(r"(^|\.)(gate|router|gating|wg)(\.\w+)?$")
-_DECAY = ("A_log", "time_decay")  # a module that has one of these carries a state from token to token
 _NAMED = "name it in target_modules"
 
 
@@ -148,7 +148,7 @@ def carries_state(module: nn.Module) -> bool:
     children = (child.base_layer if isinstance(child, SLOTS) else child for child in module._modules.values())
     along = [child for child in children if isinstance(child, nn.Conv1d)]
     depthwise = any(conv.groups == conv.in_channels > 1 and conv.kernel_size != (1,) for conv in along)
-    return isinstance(module, nn.RNNBase) or depthwise or any(name in module._parameters for name in _DECAY)
+    return isinstance(module, nn.RNNBase) or depthwise or any(name in module._parameters for name in RATES)
 
 
 def recurrent_parts(root: nn.Module) -> list[str]:

@@ -79,7 +79,8 @@ class Optimizer(Protocol):
 class FlatAdamW:
     """AdamW on adapter parameters that live in one float32 buffer.
 
-    Matrices (two dimensions and more) are decayed, vectors are not.
+    Matrices (two dimensions and more) are decayed; vectors are not, nor what is marked with ``_no_weight_decay``: the
+    own parameters of a recurrence (``A_log``), whatever their shape.
 
     Args:
         named_parameters: ``(name, parameter)`` in a fixed order; all float32, on one device. Their ``data`` and
@@ -123,21 +124,21 @@ class FlatAdamW:
         update: Update = (Update8bit if kind.bits == 8 else Update32bit)(*betas, eps)
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
-        kinds = [  # (is a vector, multiplier): what is trained alike
-            (parameter.dim() < 2, multiplier)
+        kinds = [  # (is not decayed, multiplier): what is trained alike
+            (parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False), multiplier)
             for parameter, multiplier in zip(self.parameters, multipliers or [1.0] * len(self.parameters), strict=True)
         ]
         # Decayed tensors first, and each group in one piece.
         self._offsets = [0] * len(kinds)
         groups: list[Part] = []
         end = 0
-        for is_vector, multiplier in sorted(set(kinds)):
+        for is_kept, multiplier in sorted(set(kinds)):
             start = end
             for index, kind_of in enumerate(kinds):
-                if kind_of == (is_vector, multiplier):
+                if kind_of == (is_kept, multiplier):
                     self._offsets[index] = end
                     end += -(-self.parameters[index].numel() // update.alignment) * update.alignment
-            groups.append(Part(start, end, 0.0 if is_vector else weight_decay, multiplier))
+            groups.append(Part(start, end, 0.0 if is_kept else weight_decay, multiplier))
         self.flat = torch.zeros(end, dtype=torch.float32, device=device)
         self.grad = torch.zeros(end, dtype=torch.float32, device=device)
         self.grad_views = self.views(self.grad)
