@@ -136,6 +136,38 @@ def test_layers_that_read_one_tensor_share_the_work_and_the_directions(llama: Ma
     assert not torch.equal(q, o)
 
 
+class Listed(nn.Module):
+    """Experts in a list, each of which gets the rows that chose it; or is not called without any."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.skips, self.choices = skips, nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.choices):
+            at = chosen == index
+            if at.any() or not self.skips:
+                y[at] = expert(x[at])
+        return y
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_an_expert_may_get_its_first_row_in_a_later_batch(skips: bool) -> None:
+    torch.manual_seed(0)
+    module, x = Listed(skips), torch.randn(2, 20, 8)
+    batches = [(x[0], torch.arange(20) % 2), (x[1], torch.full((20,), 2))]
+    config = LoraConfig(r=2, target_modules=["0", "1", "2", "3"], init_lora_weights="eva", eva_config={"rho": 1.0})
+    adapted = attach(module, config, seed=0)
+    text = initialise_from(adapted, batches, lambda batch: module(*batch).sum())
+    assert "3 layers start along 3 different inputs" in text
+    assert "1 layers that no row reached start as by default (choices.3)" in text
+    for index, read in enumerate([x[0][::2], x[0][1::2], x[1]]):
+        _, _, vh = torch.linalg.svd(read - read.mean(0), full_matrices=False)
+        A = adapted.linears()[f"choices.{index}"].A
+        assert torch.allclose((A * vh[:2]).sum(1).abs(), torch.ones(2), atol=1e-4)
+
+
 def test_a_layer_is_settled_when_more_batches_do_not_turn_it(llama: Make) -> None:
     module, calls = llama(), []
     adapted = attach(module, LoraConfig(r=2, init_lora_weights="eva"), seed=0)

@@ -34,6 +34,7 @@ def start(sample: Sample[Batch]) -> str:
     ranks = {target.path: target.r for target in adapted.plans[name].lora if target.path in layers}
     with torch.no_grad():
         leaders = shared_inputs(layers, lambda: sample.loss(sample.batches[0]))
+        leaders |= {path: path for path in layers if path not in leaders}  # an expert may get its first row later
         most = {path: min(math.floor(settings.rho * r), *layers[path][0].weight.shape) for path, r in ranks.items()}
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for group in sample.groups({path: 4 * layers[path][0].in_features ** 2 for path in set(leaders.values())}):
@@ -41,7 +42,7 @@ def start(sample: Sample[Batch]) -> str:
             counts = {p: max(most[q] for q in followers[p]) for p in group}
             settle = {p: max(ranks[q] for q in followers[p]) for p in group}
             seen = _directions(sample, group, counts, settle, settings.tau)
-            found |= {q: seen[p] for p in group for q in followers[p]}
+            found |= {q: seen[p] for p in group if p in seen for q in followers[p]}
     rest = sample.rest(found)
     found = {path: found[path] for path in ranks if path in found}  # in the model's order: ties go to the first
     shared = share_ranks({p: found[p][1][: most[p]] for p in found}, sum(ranks[p] for p in found))
@@ -51,7 +52,7 @@ def start(sample: Sample[Batch]) -> str:
         with torch.no_grad():
             adapter.A.copy_(found[path][0][: adapter.r])
             adapter.B.zero_()
-    used = len(set(leaders.values()))
+    used = len({leaders[path] for path in found})
     spread = f"ranks from {min(shared.values())} to {max(shared.values())}, {sum(shared.values())} in all"
     return f"eva: {len(found)} layers start along {used} different inputs; {spread}{rest}"
 
@@ -103,7 +104,9 @@ class Covariance:
         self._products: Tensor
 
     def add(self, x: Tensor) -> None:
-        """``x [T, in]``: more rows."""
+        """``x [T, in]``: more rows, or none (an expert that no token of the batch chose)."""
+        if not len(x):
+            return
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self._shift is None:
             self._shift = x.mean(0)
