@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,7 +120,8 @@ def generate(
     done = 0
     with inference(module):
         decoder = open_decoder(module) if rows else None
-        for batch in _batches(rows, batch_size, equal=decoder is not None and not decoder.attention_only):
+        equal = decoder is not None and not decoder.attention_only
+        for batch in _batches(rows, batch_size, _most_columns(module), equal=equal):
             assert decoder is not None
             for row in _run(decoder, batch, ends, sampling, memory):
                 if on_text and row.text and (new := row.text.fresh(last=row.reason is not None)):
@@ -193,12 +195,24 @@ def _fill_gaps(left: list[int], count: int) -> list[int]:
     return [place if place in kept else from_end.pop(0) for place in range(size)]
 
 
-def _batches(rows: list[_Row], size: int, *, equal: bool) -> Iterator[list[_Row]]:
-    """Rows of similar length together, longest first: what does not fit in memory fails at once."""
+def _most_columns(module: nn.Module) -> float:
+    """How many tokens a batch may be wide, padding counted: a mask that the model keeps (GPT-Neo's) has no more."""
+    positions = _positions(module)
+    squares = (buffer for buffer in module.buffers() if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2])
+    return positions if any(square.shape[-1] == positions for square in squares) else math.inf
+
+
+def _batches(rows: list[_Row], size: int, columns: float, *, equal: bool) -> Iterator[list[_Row]]:
+    """Rows of similar length together, longest first: what does not fit in memory fails at once.
+
+    A row's own tokens always fit into ``columns``; beside a longer prompt its last ones may not.
+    """
     ordered = sorted(rows, key=lambda row: (-len(row.prompt), row.number))
     batch: list[_Row] = []
     for row in ordered:
-        if len(batch) == size or (batch and equal and len(row.prompt) != len(batch[0].prompt)):
+        first = batch[0] if batch else row
+        is_other = equal and len(row.prompt) != len(first.prompt)
+        if len(batch) == size or is_other or len(first.prompt) + row.limit > columns:
             yield batch
             batch = []
         batch.append(row)
@@ -224,8 +238,7 @@ def _parts(model: Base | AdaptedModel) -> tuple[nn.Module, Any]:
 
 def _limits(module: nn.Module, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
     """How many tokens each row may get; checks the prompts on the way."""
-    config: Any = module.config
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**62
+    positions = _positions(module)
     vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # a transformers model has it
     limits = []
     for number, prompt in enumerate(prompts):
@@ -244,3 +257,8 @@ def _limits(module: nn.Module, prompts: Sequence[Sequence[int]], most: int) -> l
             )
         limits.append(min(most, positions - len(prompt)))
     return limits
+
+
+def _positions(module: nn.Module) -> int:
+    config: Any = module.config
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**62
