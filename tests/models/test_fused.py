@@ -15,6 +15,7 @@ from veneer.adapters import LoraConfig, attach
 from veneer.data.dataset import Example
 from veneer.data.pack import collate_packed, shared_beginning
 from veneer.errors import ModelError
+from veneer.models import fused as fused_module
 from veneer.models.fused import FusedGatedMlp, FusedRmsNorm, fuse
 from veneer.models.head import answer_logprobs, answer_loss, check_head, hidden_states
 
@@ -231,6 +232,50 @@ def test_a_norm_with_another_formula_keeps_its_own_code() -> None:
     assert isinstance(holder["norm"], OddRMSNorm)
     assert fused.left == {"OddRMSNorm": 1}
     assert "not fused: 1 OddRMSNorm" in str(fused)
+
+
+class LimitedMLP(nn.Module):
+    """A gated MLP that clamps its gate at a limit of its own layer, as Step 3.7 does."""
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn, self.limit = nn.Linear(48, 32, bias=False), nn.SiLU(), limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        result: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_clamp_of_an_mlp_is_seen_whatever_the_blocks_before_it_do(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(LimitedMLP(limit) for limit in (None, 10.0, None, 0.5)).to(dtype).requires_grad_(False)
+    x = 50 * torch.randn(6, 32, dtype=dtype)
+    expected = [block(x) for block in blocks]
+    fused = fuse(blocks)
+    assert [type(block) is FusedGatedMlp for block in blocks] == [True, False, True, False]
+    assert fused.left == {"LimitedMLP": 2}
+    for block, want in zip(blocks, expected, strict=True):
+        assert (block(x) - want).float().norm() <= 1e-2 * want.float().norm()
+
+
+def test_blocks_of_one_form_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+    original = fused_module.computes_the_same
+    monkeypatch.setattr(fused_module, "computes_the_same", lambda *a: (compared.append(a), original(*a))[1])
+    fuse(tiny("Llama"))
+    assert len(compared) == 1
+
+
+def test_an_mlp_with_a_parameter_of_its_own_keeps_its_own_code() -> None:
+    block = LimitedMLP(None)
+    block.scale = nn.Parameter(torch.ones(32))
+    fuse(holder := nn.ModuleList([block]))
+    assert holder[0] is block
 
 
 def test_a_padded_batch_gives_the_hidden_states_of_its_rows_alone() -> None:

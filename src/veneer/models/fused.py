@@ -8,6 +8,7 @@ not recognised keeps its own code and still trains. Names of children stay, so p
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from veneer.kernels.frozen import take_over
 from veneer.models import attention
 from veneer.models.fused_attention import fuse_attention, is_fused
 from veneer.models.fused_layer import fuse_layer
-from veneer.models.fused_mlp import FusedGatedMlp, computes_the_same, fused_mlp
+from veneer.models.fused_mlp import FusedGatedMlp, computes_the_same, form_of, fused_mlp
 from veneer.models.fused_norm import FusedRmsNorm, fused_norm
 
 __all__ = ["Fused", "FusedGatedMlp", "FusedRmsNorm", "fuse"]
@@ -51,7 +52,7 @@ def fuse(module: nn.Module) -> Fused:
         if part is not head:
             take_over(part)
     fused = Fused(documents=_route_attention(module))
-    verdicts: dict[type, bool] = {}  # of MLPs: those of a model are of one kind, and large
+    verdicts: dict[Hashable, bool] = {}  # of MLPs by their form: those of a model are mostly of one, and large
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             kind = type(child)
@@ -72,11 +73,14 @@ def fuse(module: nn.Module) -> Fused:
     return fused
 
 
-def _checked_mlp(child: nn.Module, verdicts: dict[type, bool]) -> FusedGatedMlp | None:
+def _checked_mlp(child: nn.Module, verdicts: dict[Hashable, bool]) -> FusedGatedMlp | None:
     block = fused_mlp(child)
-    if block is not None and type(child) not in verdicts:
-        verdicts[type(child)] = computes_the_same(child, block)
-    return block if block is not None and verdicts[type(child)] else None
+    if block is None:
+        return None
+    form = form_of(child)
+    if form not in verdicts:
+        verdicts[form] = computes_the_same(child, block)
+    return block if verdicts[form] else None
 
 
 def _route_attention(module: nn.Module) -> bool:

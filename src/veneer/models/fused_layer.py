@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.rms_norm import add_rms_norm
-from veneer.models.fused_norm import FusedRmsNorm, is_same
+from veneer.models.fused_norm import FusedRmsNorm, is_same_at_each_size, rows_of_each_size
 
 _CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ROWS = 3  # of the input that both are run on
 
 
 def fuse_layer(layer: nn.Module) -> bool:
@@ -53,9 +52,8 @@ def _gives_the_same(layer: Any) -> bool:
     size = getattr(layer.self_attn, "head_dim", None)
     if not isinstance(size, int):
         return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _ROWS, len(weight), generator=generator).to(weight.device, weight.dtype)
-    theta = 6 * torch.rand(1, _ROWS, size // 2, generator=generator)
+    x = rows_of_each_size(weight)
+    theta = 6 * torch.rand(1, x.shape[1], size // 2, generator=torch.Generator().manual_seed(0))
     turns = tuple(f(torch.cat((theta, theta), -1)).to(weight.device, weight.dtype) for f in (torch.cos, torch.sin))
     given = {"position_embeddings": turns, "attention_mask": None}
     training = layer.training
@@ -67,4 +65,4 @@ def _gives_the_same(layer: Any) -> bool:
         return False  # a form that is not the one known here
     finally:
         layer.train(training)
-    return isinstance(want, Tensor) and is_same(got, want)
+    return isinstance(want, Tensor) and is_same_at_each_size(got, want)

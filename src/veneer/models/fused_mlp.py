@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ def fused_mlp(block: nn.Module) -> FusedGatedMlp | None:
     children = dict(block.named_children())
     if len(inspect.signature(type(block).forward).parameters) != 2:  # self and x
         return None
+    if block._parameters or block._buffers:
+        return None
     for names, act_name in _LAYOUTS:
         if set(children) == {*names, "down_proj", act_name}:
             act = _ACTIVATIONS.get(type(children[act_name]).__name__)
@@ -71,6 +73,25 @@ def fused_mlp(block: nn.Module) -> FusedGatedMlp | None:
                 first = {name: children[name] for name in names}
                 return FusedGatedMlp(first, children["down_proj"], (act_name, children[act_name], act))
     return None
+
+
+def form_of(block: nn.Module) -> Hashable:
+    """What decides what the block of :func:`fused_mlp` computes, beside its weights: two of one form compute alike.
+
+    Limits and factors are attributes, of one layer and not of the next in some models. An attribute that is no plain
+    value counts by its identity.
+    """
+    usual = set(nn.Module().__dict__)
+    linears = (nn.Linear, QuantizedLinear)
+    parts = [(name, child, type(child) in linears) for name, child in (("", block), *block.named_children())]
+    attributes = tuple(
+        (name, key, value if isinstance(value, bool | int | float | str | None) else id(value))
+        for name, part, is_linear in parts
+        if not is_linear
+        for key, value in sorted(part.__dict__.items())
+        if key not in usual
+    )
+    return tuple((name, type(part)) for name, part, _ in parts), attributes
 
 
 def computes_the_same(block: nn.Module, fused: FusedGatedMlp) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from veneer.kernels.rms_norm import Norm, rms_norm
 
 _OFFSETS = (0.0, 1.0)  # what is added to the weight: Gemma's is stored less one
+_SIZES = (1.0, 30.0, 1000.0)  # of the random input: clamps and soft caps show at large ones alone
+_ROWS = 3  # of each size
 
 
 class FusedRmsNorm(nn.Module):
@@ -52,9 +54,26 @@ def fused_norm(block: nn.Module) -> FusedRmsNorm | None:
 @torch.no_grad()
 def gives_the_same(original: nn.Module, block: Any, weight: Tensor) -> bool:
     """Whether both give the same, to rounding, on random rows that a ``weight`` of ``[..., in]`` takes."""
+    x = rows_of_each_size(weight)
+    return is_same_at_each_size(block(x), original(x))
+
+
+def rows_of_each_size(weight: Tensor) -> Tensor:
+    """``[sizes, rows, in]`` random input for a ``weight`` of ``[..., in]``."""
+    sizes = [size for size in _SIZES if size < 100 or weight.dtype != torch.float16]  # float16 ends at 65504
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
-    return is_same(block(x), original(x))
+    x = torch.randn(len(sizes), _ROWS, weight.shape[-1], generator=generator)
+    return (torch.tensor(sizes)[:, None, None] * x).to(weight.device, weight.dtype)
+
+
+def is_same_at_each_size(got: Tensor, want: Tensor) -> bool:
+    """:func:`is_same` for every size by itself, since large rows would hide small ones.
+
+    What overflows in the original says nothing.
+    """
+    if got.shape != want.shape:
+        return False
+    return all(is_same(ours, own) for ours, own in zip(got, want, strict=True) if bool(own.isfinite().all()))
 
 
 def is_same(got: Tensor, want: Tensor) -> bool:
