@@ -7,6 +7,9 @@ its usual masks.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from veneer.kernels.attention import document_attention
 
 NAME = "veneer"
+_CALLED = "attention_interface"  # what the classes of transformers call the attention that they are given
 
 
 def attention(
@@ -100,3 +104,44 @@ def register() -> None:
     """Makes ``attn_implementation="veneer"`` known to transformers (its documented extension point)."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether the attention of a transformers model runs under our name."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+
+
+def makes_its_own_mask(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class computes the mask that it hands to attention (sparse attention does).
+
+    Read from its source: it shows only at some lengths in the numbers. Such a mask is made for the implementations
+    that transformers has, by their names or in the form that one of them takes, and is lost with documents in a row.
+    """
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or _CALLED not in code.co_varnames:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False  # no source to read
+    masks = {mask.id for node in ast.walk(tree) if isinstance(mask := _mask_given(node), ast.Name)}
+    computed = (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(name, ast.Name) and name.id in masks for target in node.targets for name in ast.walk(target))
+    )
+    return any(isinstance(part, ast.BinOp) or _computes(part) for value in computed for part in ast.walk(value))
+
+
+def _mask_given(node: ast.AST) -> ast.expr | None:
+    """The mask in a call of attention."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == _CALLED):
+        return None
+    named = next((keyword.value for keyword in node.keywords if keyword.arg == "attention_mask"), None)
+    return node.args[4] if len(node.args) > 4 else named
+
+
+def _computes(part: ast.AST) -> bool:
+    """A call of anything but ``masks.get(...)``, which picks one of those that were handed in."""
+    return isinstance(part, ast.Call) and not (isinstance(part.func, ast.Attribute) and part.func.attr == "get")

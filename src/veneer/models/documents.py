@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from veneer.models.attention import is_routed
 from veneer.models.fused_attention import windows_set_to
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "keep_window_size")
@@ -45,7 +46,7 @@ def longest_document(module: nn.Module, body: nn.Module) -> float:
 
 @torch.no_grad()
 def _measured(module: nn.Module, body: nn.Module) -> float:
-    if not getattr(module, "_supports_attention_backend", False):
+    if not is_routed(module):
         return 0
     training = [part for part in module.modules() if part.training]
     module.eval()

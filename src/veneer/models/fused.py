@@ -86,6 +86,9 @@ def _checked_mlp(child: nn.Module, verdicts: dict[Hashable, bool]) -> FusedGated
 def _route_attention(module: nn.Module) -> bool:
     if not getattr(module, "_supports_attention_backend", False):
         return False
+    decoder: nn.Module = module.get_decoder()  # type: ignore[operator]  # a transformers model has it
+    if any(map(attention.makes_its_own_mask, {type(part) for part in decoder.modules()})):
+        return False
     attention.register()
-    module.set_attn_implementation(attention.NAME)  # type: ignore[operator]  # a transformers model has it
-    return True
+    module.set_attn_implementation(attention.NAME)  # type: ignore[operator]  # here too
+    return attention.is_routed(module)
