@@ -105,7 +105,7 @@ def test_measuring_leaves_nothing_behind(tiny_base: Path) -> None:
         (0.8, 4, 0, "those of 4 of 6 gated MLPs"),
         (0.6, 3, 3, "those of 3 of 6 layers and 3 of 6 gated MLPs"),
         (0.4, 1, 5, "those of 5 of 6 layers and 1 of 6 gated MLPs"),
-        (0.01, 0, 6, "may not fit"),
+        (0.01, 0, 6, "GB with those of 6 of 6 layers computed twice, and"),
     ],
 )
 def test_auto_takes_the_fewest_that_fit_and_the_first_of_the_model(
@@ -154,9 +154,36 @@ def test_what_the_recipe_says_is_done_and_an_unknown_amount_refuses_nothing(
         assert choose_blocks(wanted, module, sft, batch_of(8), 10**9) == (every, None)
 
 
-def test_a_model_without_such_blocks_says_so() -> None:
-    with pytest.raises(TrainError, match="no gated MLP"), gradient_checkpointing(torch.nn.Linear(2, 2), "mlp"):
+@pytest.mark.parametrize(
+    ("wanted", "level", "missing"), [("mlp", "mlp", "no gated MLP"), (True, "full", "no layers that can")]
+)
+def test_a_model_without_such_blocks_says_so(wanted: Any, level: Any, missing: str) -> None:
+    plain = torch.nn.Linear(2, 2)
+    with pytest.raises(TrainError, match=missing), gradient_checkpointing(plain, level):
         pass
+    with pytest.raises(TrainError, match=missing) as error:
+        choose_blocks(wanted, plain, sft, batch_of(8), 8)
+    assert error.value.where == "train.gradient_checkpointing"
+    assert error.value.fix == "set it to auto or false"
+
+
+def test_auto_takes_nothing_of_a_model_without_such_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def objective(module: Any, batch: Batch) -> Any:
+        return module(torch.ones(8, 2, requires_grad=True)).square().sum()
+
+    monkeypatch.setattr(activations, "free_bytes", lambda device: 0)
+    found, note = choose_blocks("auto", torch.nn.Linear(2, 2), objective, batch_of(8), 10**9)
+    assert found == []
+    assert "computed twice" not in str(note)
+    assert "GB of activations, and 0.0 GB are free: it may not fit" in str(note)
+
+
+def test_a_run_says_that_what_it_is_asked_for_cannot_be_done(
+    small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.models.fused.fused_mlp", lambda block: None)
+    with pytest.raises(TrainError, match="no gated MLP that runs as one operation"):
+        small_run("none", train={"max_steps": 1, "gradient_checkpointing": "mlp"})
 
 
 def test_a_run_that_does_not_fit_says_what_it_does_instead(
