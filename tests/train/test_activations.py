@@ -186,6 +186,16 @@ def test_a_run_says_that_what_it_is_asked_for_cannot_be_done(
         small_run("none", train={"max_steps": 1, "gradient_checkpointing": "mlp"})
 
 
+def test_a_users_own_checkpointing_is_still_on_afterwards(deep: Any) -> None:
+    deep.gradient_checkpointing_enable({"use_reentrant": False})
+    switches = [dict(part.__dict__) for part in deep.modules()]
+    for level in LEVELS:
+        with gradient_checkpointing(deep, level):
+            pass
+    assert deep.model.layers[0].gradient_checkpointing
+    assert [part.__dict__ for part in deep.modules()] == switches
+
+
 def test_a_run_that_does_not_fit_says_what_it_does_instead(
     small_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

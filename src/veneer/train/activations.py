@@ -34,6 +34,7 @@ Level = Literal["none", "mlp", "full"]
 LEVELS: tuple[Level, ...] = ("none", "mlp", "full")
 SPARE = 0.9  # of what is free may be planned with
 WORKING = 300_000_000  # what the backward holds beside what was kept: a layer's gradients, the head's chunks
+_SWITCHES = ("recompute", "gradient_checkpointing", "_gradient_checkpointing_func")  # attributes of the blocks
 
 
 @contextmanager
@@ -50,6 +51,7 @@ def gradient_checkpointing(module: nn.Module, which: Level | Sequence[nn.Module]
         TrainError: the model has nothing of the kind.
     """
     parts: list[Any] = _some_blocks(module, which) if isinstance(which, str) else list(which)
+    own = [{key: part.__dict__[key] for key in _SWITCHES if key in part.__dict__} for part in parts]
     for part in parts:
         if isinstance(part, FusedGatedMlp):
             part.recompute = True
@@ -59,11 +61,10 @@ def gradient_checkpointing(module: nn.Module, which: Level | Sequence[nn.Module]
     try:
         yield
     finally:
-        for part in parts:
-            if isinstance(part, FusedGatedMlp):
-                part.recompute = False
-            else:
-                del part.gradient_checkpointing, part._gradient_checkpointing_func
+        for part, before in zip(parts, own, strict=True):
+            for key in _SWITCHES:
+                part.__dict__.pop(key, None)
+            part.__dict__.update(before)  # a user's own checkpointing among it
 
 
 def _some_blocks(module: nn.Module, level: Level) -> list[nn.Module]:
