@@ -146,6 +146,21 @@ def test_without_documents_or_with_a_cache_the_block_runs_its_own_code(
         hidden_states(model.module, packed([4, 5]))
 
 
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_a_norm_that_somebody_listens_to_runs_by_itself(name: str) -> None:
+    model, batch = fused("Qwen3"), packed([4, 5])
+    expected = hidden_states(model, batch)
+    heard: list[object] = []
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        norm = getattr(model.model.layers[0].self_attn, name)
+        handle = getattr(norm, register)(lambda *given: heard.append(given))
+        torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-5, atol=1e-5)
+        handle.remove()
+    assert len(heard) == 2
+    hidden_states(model, batch)
+    assert len(heard) == 2
+
+
 def fused(family: str) -> nn.Module:
     model = tiny(family)
     fuse(model)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 from veneer.kernels.attention import document_attention
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.qkv_rope import qkv_rope
-from veneer.models.fused_norm import FusedRmsNorm, fused_norm, is_same
+from veneer.models.fused_norm import fused_norm, is_plain_norm, is_same
 from veneer.models.low_rank import low_rank_of, split_rows, zero_update
 from veneer.quant import QuantizedLinear
 
@@ -102,7 +102,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | Non
     is_ours = not args and x is not None and bool(turns) and bool(lengths) and kwargs.get("past_key_values") is None
     # Some models turn a part of each head alone; a norm may have been put into a wrapper.
     is_ours = is_ours and turns[0].shape[-1] == self.head_dim
-    is_ours = is_ours and (not _has_norms(self) or all(type(getattr(self, name)) is FusedRmsNorm for name in _NORMS))
+    is_ours = is_ours and (not _has_norms(self) or all(is_plain_norm(getattr(self, name)) for name in _NORMS))
     linears = low_rank_of([getattr(self, name) for name in known.projections], x) if is_ours else None
     if linears is None:
         own: tuple[Tensor, Tensor | None] = type(self).forward(self, *args, **kwargs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.rms_norm import add_rms_norm
-from veneer.models.fused_norm import FusedRmsNorm, is_same_at_each_size, rows_of_each_size
+from veneer.models.fused_norm import FusedRmsNorm, is_plain_norm, is_same_at_each_size, rows_of_each_size
 
 _CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
@@ -39,7 +39,7 @@ def fuse_layer(layer: nn.Module) -> bool:
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     norm = self.post_attention_layernorm
     checkpointed = getattr(self, "gradient_checkpointing", False) and self.training  # by the class's own forward
-    if checkpointed or args or type(norm) is not FusedRmsNorm or norm._forward_hooks or norm._forward_pre_hooks:
+    if checkpointed or args or not is_plain_norm(norm):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     total, normed = add_rms_norm(out, hidden_states, norm.weight, norm.variance_epsilon, norm.offset)

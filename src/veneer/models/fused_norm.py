@@ -51,6 +51,11 @@ def fused_norm(block: nn.Module) -> FusedRmsNorm | None:
     return next((norm for norm in fused if gives_the_same(block, norm, weight)), None)
 
 
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether another operation may compute it: it is one of ours, not wrapped, and nobody listens to it."""
+    return type(norm) is FusedRmsNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
 @torch.no_grad()
 def gives_the_same(original: nn.Module, block: Any, weight: Tensor) -> bool:
     """Whether both give the same, to rounding, on random rows that a ``weight`` of ``[..., in]`` takes."""
