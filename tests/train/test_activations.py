@@ -16,6 +16,7 @@ from veneer.adapters import LoraConfig, attach
 from veneer.data.pack import Batch
 from veneer.errors import TrainError
 from veneer.models import fuse, load_base
+from veneer.models.head import settle_documents
 from veneer.train import activations
 from veneer.train.activations import (
     LEVELS,
@@ -84,6 +85,7 @@ def test_each_level_keeps_less_and_in_proportion_to_the_tokens(module: Any) -> N
 def test_measuring_leaves_nothing_behind(tiny_base: Path) -> None:
     """An operation that keeps its own output (DoRA's projections, a softmax) must not hold its graph for good."""
     module = attach(load_base(tiny_base, dtype="float32", device="cpu"), LoraConfig(r=4, use_dora=True), seed=0).module
+    settle_documents(module)  # its first look runs the layers too
     outputs: list[weakref.ref[Tensor]] = []
 
     def note(_module: object, _inputs: object, output: Tensor) -> Tensor:
