@@ -79,7 +79,7 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
     from veneer.adapters import LoraConfig, LoraLinear, attach
     from veneer.kernels import attention, native
     from veneer.models import fuse
-    from veneer.models.head import hidden_states
+    from veneer.models.head import hidden_states, settle_documents
     from veneer.train.activations import gradient_checkpointing
     from veneer.train.optimizer import FlatAdamW
     from veneer.train.sft import sft
@@ -102,6 +102,7 @@ def measure(shape: Shape, run: Settings, seed: int = 0) -> Measured:
             layer.weight.dequantize()  # a table for decoding is made once, and stays
 
     with native.left_out(), gradient_checkpointing(model, "full" if run.checkpointing else "none"):
+        settle_documents(model)
         attention._mask.cache_clear()  # else the masks of an earlier measurement would not be counted
         with LiveBytes() as forward:
             states = hidden_states(model, batch)

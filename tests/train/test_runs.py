@@ -85,11 +85,12 @@ def test_frozen_tensors_are_unchanged_after_training(
 def test_gradient_checkpointing_computes_each_layer_twice_and_leaves_no_trace(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from veneer.models.head import answer_loss, hidden_states
+    from veneer.models.head import answer_loss, hidden_states, settle_documents
     from veneer.train.activations import gradient_checkpointing
 
     base = load_base(recipe().base, dtype="float32", device="cpu")
     adapted = attach(base, LoraConfig(r=2), seed=0)
+    settle_documents(adapted.module)
     calls: list[str] = []
     attention = adapted.module.get_submodule("model.layers.0.self_attn")
     attention.register_forward_hook(lambda *_: calls.append("attention"))
