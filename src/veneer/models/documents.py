@@ -66,12 +66,11 @@ def _is_same(module: nn.Module, body: nn.Module) -> bool:
     arguments: dict[str, Any] = {"input_ids": ids, "position_ids": torch.arange(4, device=device)[None]}
     try:
         own: Tensor = body(**arguments, use_cache=False).last_hidden_state
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return True  # it cannot be run on text at all: whoever runs it next will say how
-    try:
         ours: Tensor = body(**arguments, **by_lengths(4, device), use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return False
+        return False  # what its own code cannot do either, that says when it is run
     difference = (ours.float() - own.float()).abs().mean() / own.float().abs().mean()
     return bool(difference <= _TOLERANCE.get(own.dtype, 1e-3))
 
