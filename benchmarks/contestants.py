@@ -31,8 +31,8 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     from veneer.adapters import LoraConfig, attach
     from veneer.data.read import read
     from veneer.data.render import render
+    from veneer.kernels.precision import resolve_dtype
     from veneer.models import load_base
-    from veneer.runtime import resolve_dtype
     from veneer.train.layout import Layout, default_micro_batch_tokens, micro_batches
     from veneer.train.sampler import step_rows
 

@@ -32,8 +32,8 @@ def prepare(job: Job) -> Result:
     import torch
 
     from veneer.adapters import LoraConfig, attach
+    from veneer.kernels.precision import resolve_dtype
     from veneer.models import load_base
-    from veneer.runtime import resolve_dtype
 
     base = load_base(job["base"], dtype=job["dtype"], device="cpu")
     adapted = attach(base, LoraConfig(**LORA), seed=0)

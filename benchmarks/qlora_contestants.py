@@ -153,8 +153,8 @@ def prepare(job: Job) -> Result:
         return contestants.prepare(job)
     from veneer.data.read import read
     from veneer.data.render import render
+    from veneer.kernels.precision import resolve_dtype
     from veneer.models import load_tokenizer
-    from veneer.runtime import resolve_dtype
 
     dataset = render(read(job["rows"]), load_tokenizer(job["base"]), max_length=job["max_length"])
     examples = [{"input_ids": [int(token) for token in dataset.row(i).input_ids]} for i in range(len(dataset))]

@@ -222,7 +222,7 @@ def general_answers(job: Job) -> Result:
 
 def where(job: Job) -> Result:
     """What the runs compute in and on."""
-    from veneer.runtime import resolve_dtype
+    from veneer.kernels.precision import resolve_dtype
 
     on_cpu = torch.device(job["device"]).type == "cpu"
     processor = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name()

@@ -1,25 +1,20 @@
-"""The machine: device, dtype, threads, seeds, memory."""
+"""The machine: device, threads, seeds, memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import os
 import random
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from veneer.errors import UsageError, did_you_mean
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+from veneer.errors import UsageError
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -41,49 +36,6 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device on this machine", where=f"device: {device}", fix="use device: cpu")
     return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it faster than float32 (measured once on a CPU), else float32.
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = _ALIASES.get(dtype, dtype)
-    if name in DTYPES:
-        return DTYPES[name]
-    if name != "auto":
-        raise UsageError(f"unknown dtype '{dtype}'", fix=did_you_mean(dtype, [*DTYPES, "auto"]) or "use bfloat16")
-    where = resolve_device(device)
-    if where.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if where.type == "cpu":
-        return torch.bfloat16 if cpu_bf16_time() < 1 else torch.float32
-    return torch.float32
-
-
-@functools.cache
-def cpu_bf16_time() -> float:
-    """The time of a product in bfloat16 as a share of that in float32, on the CPU: a measurement of 50 ms.
-
-    Without AMX or AVX512-BF16 it can be hundreds of times as long (pytorch #146508).
-    """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        small = torch.ones(64, 256, dtype=dtype)
-        torch.nn.functional.linear(small, small)
-        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.nn.functional.linear(a, b)
-            best = min(best, time.perf_counter() - start)
-            if best > 0.02:
-                break
-        seconds[dtype] = best
-    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def seed_everything(seed: int) -> None:

@@ -18,6 +18,7 @@ from veneer.quant.packing import decode_4bit
 
 BF16 = torch.bfloat16
 HAS = native.can_take(torch.zeros(1, dtype=BF16), function="matmul")
+BLOCK = native.block_of_products() or 1
 needs_native = pytest.mark.skipif(not HAS, reason=f"no products in native code: {native.description()}")
 
 
@@ -31,10 +32,13 @@ def draw(*shape: int) -> Tensor:
 
 
 def assert_rounded_once(got: Tensor, want: Tensor) -> None:
-    """``got`` in bfloat16 is ``want`` in float64 to one rounding of it, but for what float32 loses in the sum."""
+    """``got`` in bfloat16 is ``want`` in float64 to one rounding of it, but for what float32 loses in the sum.
+
+    In blocks, also but for the digits that small numbers lose beside a large one.
+    """
     assert got.dtype == BF16
     best = (want.to(BF16).double() - want).norm()
-    assert (got.double() - want).norm() <= 1.001 * best + 1e-6 * want.norm()
+    assert (got.double() - want).norm() <= (1.001 if BLOCK == 1 else 1.01) * best + 1e-6 * want.norm()
 
 
 def exact(*parts: Turned | Plain, bias: Tensor | None = None) -> Tensor:
@@ -185,3 +189,52 @@ def test_codes_are_decoded_to_the_same_bits(scheme: str, dtype: torch.dtype) -> 
         with native.left_out():
             decode_4bit(codes, scales, scheme, theirs)
         assert torch.equal(ours.nan_to_num(99.0), theirs.nan_to_num(99.0))
+
+
+@pytest.mark.skipif(BLOCK == 1, reason="every number keeps its own exponent here")
+class TestBlocks:
+    @staticmethod
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return sum_of_products(Turned(x, w))
+
+    def test_numbers_of_at_least_a_sixteenth_of_the_largest_lose_nothing(self) -> None:
+        """Also at the largest sums that a block can have: all digits set, all of one sign."""
+        most = torch.full((64, 3 * BLOCK), 255 / 128).to(BF16)
+        x, w = ((draw(64, 3 * BLOCK).sign() * (1 + 14 * torch.rand(64, 3 * BLOCK))).to(BF16) for _ in range(2))
+        for a, b in ((x, w), (most, most), (most, -most), (x * 2.0**-60, w * 2.0**40)):
+            want = a.double() @ b.double().t()
+            best = (want.to(BF16).double() - want).norm()
+            assert (self.product(a, b).double() - want).norm() <= 1.001 * best + 1e-6 * want.norm()
+
+    @pytest.mark.parametrize("outlier", [10.0, 1000.0, 1e6])
+    def test_others_lose_at_most_a_4096th_of_the_largest(self, outlier: float) -> None:
+        x, w = draw(64, 4 * BLOCK), draw(48, 4 * BLOCK)
+        x[:, 5] *= outlier
+        got, want = self.product(x, w).double(), x.double() @ w.double().t()
+
+        def lost(t: Tensor) -> Tensor:
+            largest = t.double().abs().unflatten(1, (-1, BLOCK)).amax(-1).repeat_interleave(BLOCK, 1)
+            return torch.minimum(largest / 4096, t.double().abs())
+
+        bound = lost(x) @ w.double().abs().t() + x.double().abs() @ lost(w).t() + lost(x) @ lost(w).t()
+        rounding = want.abs() * 2.0**-8
+        assert ((got - want).abs() <= bound + rounding).all()
+        assert (got - want).norm() <= 2e-3 * want.norm() + (want.to(BF16).double() - want).norm()
+
+    def test_zeros_and_the_smallest_numbers(self) -> None:
+        x, w = draw(64, BLOCK), draw(48, BLOCK)
+        assert (self.product(x * 0, w) == 0).all()
+        assert (self.product(x, w * 0) == 0).all()
+        small = x * 1e-24
+        want = small.double() @ w.double().t()
+        assert (self.product(small, w).double() - want).norm() <= 0.01 * want.norm()
+        assert (self.product(x * 1e-38, w * 1e-5) == 0).all()
+
+    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+    def test_what_is_no_number_is_not_hidden(self, value: float) -> None:
+        for where in ("rows", "weight"):
+            x, w = draw(64, 2 * BLOCK), draw(48, 2 * BLOCK)
+            (x if where == "rows" else w)[3, BLOCK + 1] = value
+            found = ~self.product(x, w).isfinite()
+            assert found[3].all() if where == "rows" else found[:, 3].all()
+            assert found.sum() == (48 if where == "rows" else 64)

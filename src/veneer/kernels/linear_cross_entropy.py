@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
 from veneer.kernels.check import checked
+from veneer.kernels.matmul import Plain, Turned, sum_of_products
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20
@@ -110,14 +111,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(rows), step):
             part, label = rows[start : start + step], labels[start : start + step, None]
-            logits = torch.nn.functional.linear(part, weight, bias)
+            logits = sum_of_products(Turned(part, weight), bias=bias)
             # The logits become their gradient in place.
             if softcap is None and native.can_take(logits, function="cross_entropy"):
                 chunk = slice(start, start + step)
                 outputs = nll[chunk], correct[chunk]
                 native.call("cross_entropy", logits, label, *outputs, *logits.shape, logit_scale, int(wants_grad))
                 if grad is not None:
-                    torch.mm(logits, weight, out=grad[chunk])
+                    sum_of_products(Plain(logits, weight), out=grad[chunk])
                 continue
             z = _cap(logits, softcap, logit_scale)
             del logits
@@ -136,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     g.mul_(slope)
                 if logit_scale != 1.0:
                     g.mul_(logit_scale)
-                torch.mm(g.to(rows.dtype), weight, out=grad[start : start + step])
+                sum_of_products(Plain(g.to(rows.dtype), weight), out=grad[start : start + step])
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct)

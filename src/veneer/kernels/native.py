@@ -92,6 +92,17 @@ def _as_c(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int6
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
+def block_of_products() -> int | None:
+    """Numbers that share an exponent in products in bfloat16, 1 where each keeps its own; None where PyTorch multiplies.
+
+    In block floating point (Wilkinson 1963) each has 12 bits and a sign beside that exponent.
+    """
+    found = library()
+    if found is None or _is_left_out("matmul") or not hasattr(found, "block_of_matmul"):
+        return None
+    return int(found.block_of_matmul())
+
+
 def description() -> str:
     """What the operations run on, in words."""
     found, names = _found(), _left_out(_setting())

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 from veneer.errors import ModelError, UsageError, did_you_mean
 from veneer.kernels.heap import reuse_freed_memory
+from veneer.kernels.precision import resolve_dtype
 from veneer.models.classifier import load_classifier_module
 from veneer.models.fused import Fused, fuse
 from veneer.models.gguf import gguf_folder, gguf_tokenizer_folder, gguf_tokenizer_hash
@@ -39,7 +40,7 @@ from veneer.models.source import find
 from veneer.models.strict import check_finite, load_module, quiet, shortlist
 from veneer.models.vocabulary import add_tokens
 from veneer.quant import QuantConfig
-from veneer.runtime import keep_few_products, resolve_device, resolve_dtype
+from veneer.runtime import keep_few_products, resolve_device
 
 
 @dataclass

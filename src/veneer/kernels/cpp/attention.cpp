@@ -1,18 +1,14 @@
-// Causal attention of the documents in a packed row, for processors that multiply bfloat16 in pairs (AVX512-BF16). The
-// formulas are in attention.py. A job is one document under one query head: its keys and values are laid out once, and
+// Causal attention of the documents in a packed row, in bfloat16. The formulas are in attention.py. A job is one document under one query head: its keys and values are laid out once, and
 // its queries go over them in tiles of 64, whose scores stay in the second cache and in float32.
 
-#include "common.h"
+#include "bf16_512.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-
-#include <algorithm>
+#ifdef HAS_VECTORS
 #include <vector>
 
 namespace {
 
-constexpr i64 TILE = 64, LANES = 16, ROWS = 6, COLUMNS = 4 * LANES;
+constexpr i64 TILE = 64, ROWS = HAS_PAIRS ? 6 : 5, COLUMNS = 4 * LANES;
 
 // C[m, n] (+)= sum over k of A[m, k] B[k, n], in pairs along k. A's pairs lie at a[m * a_row + k * a_pair]; B and C
 // have rows of ldb and ldc, n a multiple of 16.
@@ -23,11 +19,11 @@ inline void block(const StoredPair* a, i64 a_row, i64 a_pair, const Pair* b, i64
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) sums[i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * LANES) : _mm512_setzero_ps();
     for (i64 k = 0; k < depth; k++) {
-        __m512bh right[N];
-        for (int j = 0; j < N; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * LANES);
+        Pairs right[N];
+        for (int j = 0; j < N; j++) right[j] = pairs_of(_mm512_loadu_si512(b + k * ldb + j * LANES));
         for (int i = 0; i < M; i++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32(int(a[i * a_row + k * a_pair]));
-            for (int j = 0; j < N; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
+            Pairs left = pairs_of(_mm512_set1_epi32(int(a[i * a_row + k * a_pair])));
+            for (int j = 0; j < N; j++) sums[i][j] = dot(sums[i][j], left, right[j]);
         }
     }
     for (int i = 0; i < M; i++)
@@ -124,21 +120,17 @@ inline float weigh(float* row, i64 at, i64 width, const Shape& s) {
     return 1.0f / sum;
 }
 
-inline void narrow(const float* from, bf16* to, i64 count) {
+inline void narrow_all(const float* from, bf16* to, i64 count) {
     i64 j = 0;
-    for (; j + 2 * LANES <= count; j += 2 * LANES) {
-        __m512 low = _mm512_loadu_ps(from + j), high = _mm512_loadu_ps(from + j + LANES);
-        _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+    for (; j + LANES <= count; j += LANES)
+        _mm256_storeu_si256((__m256i*)(to + j), narrow(_mm512_loadu_ps(from + j)));
     for (; j < count; j++) put(to[j], from[j]);
 }
 
 // Two rows as one of pairs; without a second one it is zero. `count` is a multiple of 16.
 inline void interleave(const float* even, const float* odd, Pair* out, i64 count) {
     for (i64 j = 0; j < count; j += LANES) {
-        auto wide = [](const float* x) {
-            return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x)));
-        };
+        auto wide = [](const float* x) { return _mm512_cvtepu16_epi32(narrow(_mm512_loadu_ps(x))); };
         __m512i high = odd ? _mm512_slli_epi32(wide(odd + j), 16) : _mm512_setzero_si512();
         _mm512_storeu_si512(out + j, _mm512_or_si512(wide(even + j), high));
     }
@@ -169,13 +161,13 @@ void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sha
                 float each[TILE];
                 for (i64 i = 0; i < rows; i++) {
                     each[i] = weigh(scores.data() + i * ld, keys.shared + row + i, width, s);
-                    narrow(scores.data() + i * ld, p.data() + i * ld, width);
+                    narrow_all(scores.data() + i * ld, p.data() + i * ld, width);
                 }
                 product((const StoredPair*)p.data(), ld / 2, 1, vp.data(), s.size, sums.data(), s.size, rows, s.size,
                         (seen + 1) / 2, false);
                 for (i64 i = 0; i < rows; i++)
                     for (i64 d = 0; d < s.size; d++) sums[i * s.size + d] *= each[i];
-                narrow(sums.data(), out + of_head + (keys.first + row) * s.size, rows * s.size);
+                narrow_all(sums.data(), out + of_head + (keys.first + row) * s.size, rows * s.size);
             }
         }
     }
@@ -223,7 +215,7 @@ void attention_back(const bf16* q, const bf16* k, const bf16* v, const bf16* dou
                     }
 #pragma omp simd
                     for (i64 j = 0; j < width; j++) d[j] = s.scale * (w[j] * (d[j] - sum));
-                    narrow(d, g.data() + i * ld, width);
+                    narrow_all(d, g.data() + i * ld, width);
                 }
                 for (i64 i = 0; i < rows; i += 2) {  // pairs of rows, for the products over rows
                     const float *w = scores.data() + i * ld, *d = slopes.data() + i * ld;
@@ -233,7 +225,7 @@ void attention_back(const bf16* q, const bf16* k, const bf16* v, const bf16* dou
                 }
                 product((const StoredPair*)g.data(), ld / 2, 1, kp.data(), s.size, sums.data(), s.size, rows, s.size,
                         (seen + 1) / 2, false);
-                narrow(sums.data(), dq + at, rows * s.size);
+                narrow_all(sums.data(), dq + at, rows * s.size);
                 product((const StoredPair*)wt.data(), 1, ld, dp.data(), s.size, dvalues.data(), s.size, seen, s.size,
                         (rows + 1) / 2, true);
                 product((const StoredPair*)gt.data(), 1, ld, qp.data(), s.size, dkeys.data(), s.size, seen, s.size,

@@ -2,16 +2,11 @@
 // attention over the cache, gated MLP. One parallel region holds the step, so that a token costs little more than
 // reading the weights. What is computed, and where it is rounded, is what the layers' own operations do one by one.
 
-#include "common.h"
+#include "bf16_512.h"
 
 #include <omp.h>
 
-#include <algorithm>
 #include <vector>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -60,7 +55,7 @@ inline void dots(const float* x, i64 ldx, const float* w, i64 depth, Low<float> 
                               dot(low.h + m * low.rank, low.b + n * low.rank, low.rank);
 }
 
-#ifdef __AVX512BF16__
+#ifdef HAS_VECTORS
 inline __m512 pairs_of_two(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
@@ -85,11 +80,11 @@ inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 depth, Low<bf16> low
     __m512 parts[16];
     for (auto& part : parts) part = _mm512_setzero_ps();
     auto add = [&](const bf16* x, i64 ldx, const bf16* w, i64 ldw, auto load) {
-        __m512bh left[M], right[N];
-        for (int m = 0; m < M; m++) left[m] = (__m512bh)load(x + m * ldx);
-        for (int n = 0; n < N; n++) right[n] = (__m512bh)load(w + n * ldw);
+        Pairs left[M], right[N];
+        for (int m = 0; m < M; m++) left[m] = pairs_of(load(x + m * ldx));
+        for (int n = 0; n < N; n++) right[n] = pairs_of(load(w + n * ldw));
         for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) parts[m * N + n] = _mm512_dpbf16_ps(parts[m * N + n], left[m], right[n]);
+            for (int n = 0; n < N; n++) parts[m * N + n] = dot(parts[m * N + n], left[m], right[n]);
     };
     auto add_all = [&](const bf16* x, i64 ldx, const bf16* w, i64 size, int fetch) {
         i64 k = 0;
@@ -371,6 +366,6 @@ void few_rows(const T* x, const T* w, const T* bias, T* y, i64 rows, i64 out, i6
     }
 
 EXPORT(float, f32)
-#ifdef __AVX512BF16__
+#ifdef HAS_VECTORS
 EXPORT(bf16, bf16)
 #endif

@@ -1,0 +1,45 @@
+// Vectors of sixteen floats and of pairs of bfloat16, also for processors that have no instructions for the latter.
+#pragma once
+
+#include <algorithm>
+
+#include "common.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_VECTORS
+#include <immintrin.h>
+
+constexpr i64 LANES = 16;
+
+static inline __mmask16 first(i64 n) { return __mmask16((1u << std::min<i64>(n, LANES)) - 1); }
+
+// The even and the odd numbers of pairs.
+static inline __m512 evens(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+static inline __m512 odds(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+#ifdef __AVX512BF16__
+constexpr bool HAS_PAIRS = true;
+using Pairs = __m512bh;
+static inline Pairs pairs_of(__m512i x) { return (__m512bh)x; }
+static inline __m512 dot(__m512 sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
+static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else
+constexpr bool HAS_PAIRS = false;
+struct Pairs {
+    __m512 even, odd;
+};
+static inline Pairs pairs_of(__m512i x) { return {evens(x), odds(x)}; }
+static inline __m512 dot(__m512 sums, const Pairs& a, const Pairs& b) {
+    return _mm512_fmadd_ps(a.even, b.even, _mm512_fmadd_ps(a.odd, b.odd, sums));
+}
+static inline __m256i narrow(__m512 x) {  // to nearest, ties to even; a NaN stays one
+    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    near = _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16));
+}
+#endif
+static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+#endif
