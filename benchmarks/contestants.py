@@ -8,6 +8,7 @@ nothing but the program.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -67,10 +68,10 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         labels = [token if trained else -100 for token, trained in zip(ids, example.trained)]
         examples.append({"input_ids": ids, "labels": labels})
     (folder / "examples.json").write_text(json.dumps(examples))
-    dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
-    folder_of_base = str(hugging_face_folder(job["base"], dtype))
+    dtype, peers = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch."), peers_dtype(job["dtype"])
+    folder_of_base = str(hugging_face_folder(job["base"], peers))
     sizes = _sizes(base.module)
-    found = {"dtype": dtype, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch}
+    found = {"dtype": dtype, "peers_dtype": peers, "model_folder": folder_of_base, "rows": len(dataset), "batch": batch}
     return {**found, "computed_tokens": computed, **sizes}
 
 
@@ -86,17 +87,31 @@ def _sizes(module: Any) -> dict[str, int]:
     return {"linear_weights": sum(found.values()), "head_weights": head.weight.numel()}
 
 
+def peers_dtype(asked: str) -> str:
+    """What peers compute in: what was asked for, or with auto the dtype that PyTorch multiplies faster here."""
+    from veneer.kernels import native
+    from veneer.kernels.precision import cpu_bf16_time
+
+    if asked != "auto":
+        return asked
+    with native.left_out():
+        return "bfloat16" if cpu_bf16_time.__wrapped__() < 1 else "float32"
+
+
 def peak(job: dict[str, Any]) -> dict[str, Any]:
-    """The most that this machine multiplies: FLOP a second of square products, the best of several sizes."""
+    """The most that this machine multiplies: FLOP a second of square products, the best of several sizes and ways."""
     import torch
 
+    from veneer.kernels.matmul import Plain, sum_of_products
+
     best = 0.0
-    for size in (1024, 2048):
-        a, b = (torch.randn(size, size, dtype=getattr(torch, job["dtype"])) for _ in range(2))
-        for _ in range(8):
-            began = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    for size, dtype in itertools.product((1024, 2048), {job["dtype"], job["peers_dtype"]}):
+        a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+        for multiply in (torch.mm, lambda a, b: sum_of_products(Plain(a, b))):
+            for _ in range(8):
+                began = time.perf_counter()
+                multiply(a, b)
+                best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return {"flops": best}
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.contestants import LORA, hugging_face_folder
+from benchmarks.contestants import LORA, hugging_face_folder, peers_dtype
 from benchmarks.processes import Job, Result, in_process, serve
+from benchmarks.sft import dtypes
 
 MODULE = "benchmarks.generation"
 TARGET = 2.0
@@ -52,7 +53,9 @@ def prepare(job: Job) -> Result:
     ]
     (Path(job["folder"]) / "prompts.json").write_text(json.dumps(prompts))
     dtype = str(resolve_dtype(job["dtype"], "cpu")).removeprefix("torch.")
-    return {"dtype": dtype, "model_folder": str(hugging_face_folder(job["base"], dtype))}
+    peers = peers_dtype(job["dtype"])
+    folder = hugging_face_folder(job["base"], peers)
+    return {"dtype": dtype, "peers_dtype": peers, "model_folder": str(folder)}
 
 
 def veneer(job: Job) -> Result:
@@ -76,7 +79,7 @@ def transformers(job: Job) -> Result:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=getattr(torch, job["dtype"]))
+    model: Any = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=getattr(torch, job["peers_dtype"]))
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, str(Path(job["folder"]) / "adapter"))
     model.eval()
@@ -134,7 +137,7 @@ def run(job: Job, runs: int) -> dict[str, Any]:
                     "memory_ratio": median(a["peak_rss_gb"] / b["peak_rss_gb"] for a, b in pairs),
                 }
             )
-    keys = ("base", "dtype", "threads", "tokens")
+    keys = ("base", "dtype", "peers_dtype", "threads", "tokens")
     return {"settings": {**{key: job[key] for key in keys}, "runs": runs}, "results": entries, "target": TARGET}
 
 
@@ -142,7 +145,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as plain text."""
     settings = report["settings"]
     lines = [
-        f"{settings['base']}, {settings['dtype']}, {settings['threads']} threads, {settings['tokens']} new tokens",
+        f"{settings['base']}, {dtypes(settings)}, {settings['threads']} threads, {settings['tokens']} new tokens",
         "",
         f"{'rows':>4}  {'adapter':7}  {'veneer':>8}  {'transformers':>12}  tokens/s",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quantisation_page import paragraph
-from benchmarks.sft import verdict
+from benchmarks.sft import dtypes, verdict
 
 Record = Mapping[str, Any]
 # (peer, quantize): least speed, most memory; None where nothing was promised.
@@ -98,7 +98,7 @@ def _peers(record: Record, picture: str) -> str:
         f"## Training in {what}",
         "",
         paragraph(
-            f"{settings['base']} in {settings['dtype']}, rank 16 on all linear layers, {settings['batch']} rows a "
+            f"{settings['base']} in {dtypes(settings)}, rank 16 on all linear layers, {settings['batch']} rows a "
             f"step, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens, of which Veneer "
             f"computes {settings['computed_tokens']}: what rows begin with alike it computes once); the same ids, "
             "order, start of the adapter and learning rates for everybody. Medians of "

@@ -42,15 +42,16 @@ NICKNAMES = {"1b": "Llama-3.2-1B"}
 def run(job: Job, peers: list[str]) -> dict[str, Any]:
     """Prepares, then runs Veneer's QLoRA and each peer; returns everything that was measured."""
     prepared = in_process(MODULE, "prepare", job)
-    job = {**job, **{key: prepared[key] for key in ("dtype", "model_folder", "batch")}}
+    job = {**job, **{key: prepared[key] for key in ("dtype", "peers_dtype", "model_folder", "batch")}}
     tokens = _tokens_of_steps(job)
-    results = {name: figures(in_process(MODULE, name, job), tokens) for name in ["qlora", *peers]}
+    theirs = {"bnb": {**job, "dtype": job["peers_dtype"]}}
+    results = {name: figures(in_process(MODULE, name, theirs.get(name, job)), tokens) for name in ["qlora", *peers]}
     ours = results["qlora"]
     for name in peers:
-        theirs = results[name]
-        theirs["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        theirs["memory_ratio"] = ours["peak_rss_gb"] / theirs["peak_rss_gb"]
-        theirs["curve"] = compare_curves(ours, theirs)
+        other = results[name]
+        other["speed_ratio"] = ours["tokens_per_second"] / other["tokens_per_second"]
+        other["memory_ratio"] = ours["peak_rss_gb"] / other["peak_rss_gb"]
+        other["curve"] = compare_curves(ours, other)
     if "bnb" in peers:
         bnb = {"bnb": results["bnb"]}
         results["bnb"]["curve"] = compare_all(job, ours, bnb, lambda wide: in_process(MODULE, "qlora", wide))["bnb"]

@@ -3,7 +3,8 @@
     python -m benchmarks.sft --peers trl,peft [--quantize nf4] [--runs 3] [--json] [--steps 20] [--data rows.jsonl]
 
 Everybody gets the same token ids, trained positions (the answers), order of rows, weights, start of the adapter (rank
-16, alpha 32, all linear layers), batch of 8 rows, learning rate, cosine schedule, dtype and number of threads.
+16, alpha 32, all linear layers), batch of 8 rows, learning rate, cosine schedule and number of threads, and the dtype
+that is named. With ``--dtype auto`` each has the one that is fastest for it here: peers what PyTorch multiplies faster.
 ``trl`` is TRL's SFTTrainer with its defaults (gradient checkpointing on); ``trl-nockpt`` has checkpointing off;
 ``peft`` is a loop written by hand over PEFT. With ``--quantize nf4`` the peers train over bitsandbytes' layers.
 ``litgpt`` is LitGPT's ``finetune lora``, ``llamafactory`` is LLaMA-Factory's ``train`` with its defaults. Both want
@@ -50,18 +51,20 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
     """Prepares, then runs Veneer and each peer in turn; returns everything that was measured."""
     folder = Path(job["folder"])
     prepared = in_process(MODULE, "prepare", job)
-    job = {**job, "dtype": prepared["dtype"], "model_folder": prepared["model_folder"]}
+    job = {**job, **{key: prepared[key] for key in ("dtype", "peers_dtype", "model_folder")}}
+    theirs = {**job, "dtype": job["peers_dtype"]}
     peak = in_process(MODULE, "peak", job)["flops"]
     examples = json.loads((folder / "examples.json").read_text())
     tokens, trained = (_sums(job["batch"], [count(example) for example in examples]) for count in (_length, _trained))
     python = job.get("python", {})
     for name in set(peers) & set(ELSEWHERE):
-        in_process(ELSEWHERE[name], "checkpoint", job, python.get(name, sys.executable))
+        in_process(ELSEWHERE[name], "checkpoint", theirs, python.get(name, sys.executable))
     every: dict[str, list[dict[str, Any]]] = {name: [] for name in ["veneer", *peers]}
     for number in range(runs):
         for name in every:
             module, interpreter = ELSEWHERE.get(name, MODULE), python.get(name, sys.executable)
-            every[name].append(figures(in_process(module, name, {**job, "run": number}, interpreter), tokens))
+            who = {**(job if name == "veneer" else theirs), "run": number}
+            every[name].append(figures(in_process(module, name, who, interpreter), tokens))
     results = {name: middle(found) for name, found in every.items()}
     for name, result in results.items():
         result["trained_tokens_per_second"] = result["tokens_per_second"] * sum(trained) / sum(tokens)
@@ -81,8 +84,8 @@ def run(job: dict[str, Any], peers: list[str], runs: int = 1) -> dict[str, Any]:
         }
     settings = {
         key: job[key]
-        for key in ("base", "quantize", "steps", "batch", "learning_rate", "seed", "dtype", "max_length", "threads")
-    }
+        for key in ("base", "quantize", "steps", "batch", "learning_rate", "seed", "max_length", "threads")
+    } | {"dtype": job["dtype"], "peers_dtype": job["peers_dtype"]}
     packages = ["veneer", "torch", "transformers"]
     packages += ["peft", "trl"] if set(peers) - set(ELSEWHERE) else []
     packages += ["bitsandbytes"] if set(peers) - set(ELSEWHERE) and job["quantize"] != "none" else []
@@ -189,11 +192,17 @@ def figures(result: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
     return {**result, "tokens_per_second": sum(tokens[WARM_UP:]) / sum(result["seconds"][WARM_UP:])}
 
 
+def dtypes(settings: dict[str, Any]) -> str:
+    """What was computed in; without a word of peers they had the same."""
+    ours, theirs = settings["dtype"], settings.get("peers_dtype", settings["dtype"])
+    return str(ours) if theirs == ours else f"{ours} (peers in {theirs}, which PyTorch multiplies faster here)"
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as plain text: one line per program, then the loss curves side by side."""
     results, settings = report["results"], report["settings"]
     lines = [
-        f"{settings['base']}, {settings['dtype']}, quantize {settings['quantize']}, {settings['threads']} threads, "
+        f"{settings['base']}, {dtypes(settings)}, quantize {settings['quantize']}, {settings['threads']} threads, "
         f"batch {settings['batch']}, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens, of "
         f"which Veneer computes {settings['computed_tokens']}: what rows begin with alike it computes once); "
         f"speed from step {report['warm_up_steps'] + 1} on; {settings['runs']} runs",

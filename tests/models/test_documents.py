@@ -146,3 +146,17 @@ def test_documents_within_a_window_are_told_by_their_lengths(monkeypatch: pytest
     assert "document_lengths" in told
     assert len(alone) == 2
     assert not any("document_lengths" in given for given in alone)
+
+
+def test_nobodys_hooks_see_the_look() -> None:
+    model = model_of("PhiMoE's window")
+    fuse(model)
+    body, seen = body_of(model), []
+    layer = body.layers[0]  # type: ignore[union-attr, index]  # transformers has it
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))  # type: ignore[union-attr]
+    layer.register_forward_hook(lambda *_: seen.append("after"))  # type: ignore[union-attr]
+    longest_document(model, body)
+    assert not seen
+    with torch.no_grad():
+        hidden_states(model, batch_of([ROWS[0]], packed=False))
+    assert seen == ["before", "after"]

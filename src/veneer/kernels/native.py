@@ -93,7 +93,7 @@ def _as_c(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int6
 
 
 def block_of_products() -> int | None:
-    """Numbers that share an exponent in products in bfloat16, 1 where each keeps its own; None where PyTorch multiplies.
+    """Numbers under one exponent in products in bfloat16, 1 where each keeps its own; None where PyTorch multiplies.
 
     In block floating point (Wilkinson 1963) each has 12 bits and a sign beside that exponent.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,10 +52,11 @@ def _measured(module: nn.Module, body: nn.Module) -> float:
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        if not _is_same(module, body):
-            return 0
-        with _small_windows(module) as found:
-            return math.inf if not found or _is_same(module, body) else min(found)
+        with _nobody_listening(module):
+            if not _is_same(module, body):
+                return 0
+            with _small_windows(module) as found:
+                return math.inf if not found or _is_same(module, body) else min(found)
     finally:
         for part in training:
             part.training = True
@@ -73,6 +75,20 @@ def _is_same(module: nn.Module, body: nn.Module) -> bool:
         return False  # what its own code cannot do either, that says when it is run
     difference = (ours.float() - own.float()).abs().mean() / own.float().abs().mean()
     return bool(difference <= _TOLERANCE.get(own.dtype, 1e-3))
+
+
+@contextlib.contextmanager
+def _nobody_listening(module: nn.Module) -> Iterator[None]:
+    """Within it nobody's hooks see what only we ask for."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    before = [(part, kind, getattr(part, kind)) for part in module.modules() for kind in kinds]
+    for part, kind, _ in before:
+        setattr(part, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        for part, kind, hooks in before:
+            setattr(part, kind, hooks)
 
 
 @contextlib.contextmanager
