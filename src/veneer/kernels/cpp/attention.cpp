@@ -1,5 +1,6 @@
-// Causal attention of the documents in a packed row, in bfloat16. The formulas are in attention.py. A job is one document under one query head: its keys and values are laid out once, and
-// its queries go over them in tiles of 64, whose scores stay in the second cache and in float32.
+// Causal attention of the documents in a packed row, in bfloat16. The formulas are in attention.py. A job is one document
+// under one query head: its keys and values are laid out once, and its queries go over them in tiles of 64, whose scores
+// stay in the second cache and in float32.
 
 #include "bf16_512.h"
 

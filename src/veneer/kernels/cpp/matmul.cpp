@@ -3,10 +3,10 @@
 //
 // The right-hand sides are laid out in panels of 64 columns; a tile of rows goes over a panel with all its sums in
 // registers. Where bfloat16 is multiplied in pairs (AVX512-BF16), the tile's rows are read where they lie, and sums are
-// float32. Elsewhere whole numbers of 16 bits are (AVX512-VNNI), twice as many at a time as floats: both sides are laid
-// out in block floating point (Wilkinson 1963), 128 numbers of a row or column under the exponent of their largest, with
-// 12 bits and a sign each. Sums within a block are exact. Numbers of at least a sixteenth of the largest are, too; others
-// are off by at most 2^-12 of it, where bfloat16 has already rounded the largest by up to 2^-9 of it.
+// float32. Elsewhere pairs of 16-bit whole numbers are (AVX512-VNNI), twice as many at a time as floats: both sides are
+// laid out in block floating point (Wilkinson 1963), 128 numbers of a row or column under the exponent of their
+// largest, with 12 bits and a sign each. Sums within a block are exact. Numbers of at least a sixteenth of the largest
+// are, too; others are off by at most 2^-12 of it, where bfloat16 has already rounded the largest by up to 2^-9 of it.
 
 #include "bf16_512.h"
 
@@ -19,7 +19,7 @@ struct alignas(64) Line {
     Pair pairs[16];
 };
 
-constexpr i64 COLUMNS = 4 * LANES, DEPTH = 2048, CHUNK = 96, GROUP = 4 << 20, MOST = 8;
+constexpr i64 COLUMNS = 4 * LANES, DEPTH = 2048, CHUNK = HAS_PAIRS ? 192 : 96, GROUP = 4 << 20, MOST = 8;
 constexpr i64 BLOCK = 64, ROWS = 4096;  // pairs under one exponent: 128 * 4080 * 4080 < 2^31; rows laid out at a time
 
 struct Product {  // of A [rows, depth] with W [columns, depth] turned, or with W [depth, columns]; depth is even
@@ -132,7 +132,8 @@ void lay_out(const Product& p, i64 column, i64 columns, i64 depth, i64 pairs, Pa
                     r[i] = i < there ? _mm512_maskz_loadu_epi32(first(pairs - k), w + i * p.w_row + 2 * k)
                                      : _mm512_setzero_si512();
                 transpose(r);
-                for (i64 i = 0; i < std::min(LANES, pairs - k); i++) _mm512_store_si512(out + line(k + i) * width + n, r[i]);
+                for (i64 i = 0; i < std::min(LANES, pairs - k); i++)
+                    _mm512_store_si512(out + line(k + i) * width + n, r[i]);
             }
         } else {
             const bf16* w = p.w + depth * p.w_row + column + n;
@@ -252,7 +253,8 @@ void matmul(const Products& s, int threads) {
     i64 depth = 0;
     for (i64 i = 0; i < s.count; i++) depth += s.products[i].depth / 2;
     const i64 slice = std::min(depth, DEPTH), all = up_to(s.columns, LANES), most = lines_of(slice) + s.count;
-    const i64 group = std::min(up_to(s.columns, COLUMNS), std::max<i64>(threads, GROUP / (slice * COLUMNS * 4)) * COLUMNS);
+    const i64 at_once = std::max<i64>(threads, GROUP / (slice * COLUMNS * 4)) * COLUMNS;
+    const i64 group = std::min(up_to(s.columns, COLUMNS), at_once);
     if (i64(panels.size()) < most * group / LANES) panels.resize(most * group / LANES);
     if (depth > slice && i64(between.size()) < s.rows * all) between.resize(s.rows * all);
     if (!HAS_PAIRS && i64(left.size()) < s.rows * most) left.resize(s.rows * most);
@@ -288,15 +290,16 @@ void matmul(const Products& s, int threads) {
 #pragma omp for schedule(dynamic)
                 for (i64 panel = 0; panel < here; panel++) {
                     const i64 width = up_to(columns_of(panel), LANES);
-                    Pair* out = panel_lines[panel * lines * COLUMNS / LANES].pairs;
+                    Pair* out = panel_lines[panel * lines * 4].pairs;
                     for (i64 i = 0; i < count; out += lines_of(runs[i++].pairs) * width)
                         lay_out(s.products[which[i]], column + panel * COLUMNS, columns_of(panel), 2 * from[i],
                                 runs[i].pairs, out, width);
                 }
 #pragma omp for schedule(dynamic)
                 for (i64 job = 0; job < here * chunks; job++) {
-                    const i64 panel = job % here, row = job / here * CHUNK;
-                    rows_of(runs, count, row, std::min(row + CHUNK, s.rows), panel_lines[panel * lines * COLUMNS / LANES].pairs,
+                    const i64 panel = HAS_PAIRS ? job / chunks : job % here;
+                    const i64 row = (HAS_PAIRS ? job % chunks : job / here) * CHUNK;
+                    rows_of(runs, count, row, std::min(row + CHUNK, s.rows), panel_lines[panel * lines * 4].pairs,
                             column + panel * COLUMNS, columns_of(panel), up_to(columns_of(panel), LANES), to);
                 }
             }
