@@ -122,7 +122,7 @@ def test_each_expert_is_compared_with_its_own_slice_of_the_base(
     found = inspect_adapter(folder, device="cpu")
     stacks = {kind: layers for kind, layers in found.kinds.items() if "[" in layers[0].path}
     assert sorted(stacks) == ["experts.down_proj", "gate_up_proj"]
-    adapted = load_adapter(load_base(moe_base, dtype="float32", device="cpu", quantize=quantize), folder)
+    adapted = load_adapter(load_base(moe_base, device="cpu", quantize=quantize), folder)
     for layer in (layer for layers in stacks.values() for layer in layers):
         path, _, rest = layer.path.rpartition(".")
         stack, expert = rest.removesuffix("]").split("[")

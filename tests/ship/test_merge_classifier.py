@@ -36,7 +36,7 @@ def adapter_of(family: str, folder: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "llama"])
 def test_it_is_opened_as_a_classifier_with_the_same_answers(family: str, tmp_path: Path) -> None:
     adapter = adapter_of(family, tmp_path)
-    expected = predict(load_classifier(adapter, device="cpu"), TEXTS)
+    expected = predict(load_classifier(adapter, dtype="float32", device="cpu"), TEXTS)
     merged = merge_model(adapter, tmp_path / "merged", dtype="float32", device="cpu")
     assert merged.labels == tuple(LABELS)
     assert merged.measured_on == "6 built-in texts"
