@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import generation, sft
 from benchmarks.contestants import LORA
-from benchmarks.processes import Job, Result, in_process
+from benchmarks.processes import Job, Result, commit, in_process
 
 PARTS = ("peers", "generation", "ratios", "growth")
 RATIO_TOKENS = 4096  # of a step in the comparisons of lengths
@@ -50,7 +50,7 @@ class File:
             return
         print(f"{part}: {name}", flush=True)
         try:
-            record = {"name": name, "part": part, **how()}
+            record = {"name": name, "part": part, "commit": commit(), **how()}
         except SystemExit as failure:
             print(f"  failed: {str(failure).strip().splitlines()[-1]}", flush=True)
             return
@@ -64,7 +64,7 @@ def machine(threads: int) -> dict[str, Any]:
     import torch
 
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    named = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    named = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "processor": platform.machine(),

@@ -74,8 +74,19 @@ def _head(parts: Mapping[str, list[Record]]) -> str:
     return "# Speed and memory\n\n" + paragraph(
         "Written by `python -m benchmarks.performance` from its file of results. Ratios of programs that ran in turn "
         "on one machine are what carries over to another one; absolute speeds are those of the machine and its hour. "
-        f"Measured on {machine}."
+        f"Measured on {machine}{_commits(parts)}."
     )
+
+
+def _commits(parts: Mapping[str, list[Record]]) -> str:
+    """Which code was measured."""
+    found: dict[str, list[str]] = {}
+    for part, records in parts.items():
+        for commit in {record["commit"]: None for record in records if record.get("commit") and part != "machine"}:
+            found.setdefault(commit, []).append(part)
+    if len(found) < 2:
+        return "".join(f", at commit {commit}" for commit in found)
+    return ", at commits " + ", ".join(f"{commit} ({', '.join(of)})" for commit, of in found.items())
 
 
 def _peers(record: Record, picture: str) -> str:

@@ -50,3 +50,12 @@ def peak_rss_gb() -> float:
     """The most resident memory that this process has held so far, in GB (10^9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def commit() -> str:
+    """What the code is, where it lies in a git checkout; else nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

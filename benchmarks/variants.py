@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Job, in_process
+from benchmarks.processes import Job, commit, in_process
 from benchmarks.quantisation import prepare_rows
 from benchmarks.variants_methods import METHODS, QUICK, Method, chosen, settings_hash
 from benchmarks.variants_results import Record, Results, key_of
@@ -270,15 +269,6 @@ def machine_of(options: argparse.Namespace, told: Record) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": commit(),
     }
-
-
-def commit() -> str:
-    """What the code is, where it lies in a git checkout; else nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def reason(failure: SystemExit) -> str:

@@ -40,6 +40,7 @@ def records() -> dict[str, Any]:
     entry = {"rows": 1, "adapter": True, "veneer": 50.0, "transformers": 30.0, "ratio": 1.7, "same": 0.4}
     ratio = {"step_ratio": 1.2, "step_low": 1.1, "step_high": 1.3, "memory_ratio": 1.0, "limit": 1.15}
     point = {"axis": "length", "tokens": 4096.0, "trained": 1.0, "tokens_per_second": 500.0, "peak_rss_gb": 2.0}
+    point["commit"] = "abc1234"
     generation = {"settings": {"tokens": 64}, "target": 2.0, "results": [{**entry, "memory_ratio": 0.9}]}
     return {
         "machine": {"name": "machine", "part": "machine", **machine},
@@ -62,6 +63,7 @@ def test_the_page_has_every_part_its_verdicts_and_pictures(tmp_path: Path) -> No
         "| DoRA to LoRA | 1.200 (1.100 to 1.300) | 1.000 | 1.15: **missed** |",
         "| length: 512 | 4096 | 100% | 500 | 2.00 |",
         "within 0.10%",
+        "at commit abc1234",
         "of which Veneer computes 800",
         "- training against LitGPT's `finetune lora`, quantize none",
     ):
