@@ -201,15 +201,13 @@ def _native_takes(q: Tensor, k: Tensor, v: Tensor, scaling: float, *special: obj
 def _native_grads(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: int, prefix: int, shape: tuple[int | float | Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dQ, dK, dV``, summed over what the native code gives of the last two: per query head, and per document."""
-    heads, length, size = q.shape
+    """``dQ, dK, dV``; of a shared beginning the native code gives the last two by document."""
     dq = torch.empty_like(q)
-    own = q.new_empty(2, heads, length, size, dtype=torch.float32)
-    shared = q.new_empty(2, heads, documents, prefix, size, dtype=torch.float32)
-    native.call("attention_back", q, k, v, dout, dq, *own, *shared, *shape)
-    total = own.view(2, len(k), -1, length, size).sum(2)
+    total = k.new_empty(2, *k.shape, dtype=torch.float32)
+    shared = k.new_empty(2, len(k), documents, prefix, k.shape[2], dtype=torch.float32)
+    native.call("attention_back", q, k, v, dout, dq, *total, *shared, *shape)
     if prefix:
-        total[:, :, :prefix] += shared[:, :, 1:].reshape(2, len(k), -1, prefix, size).sum(2)
+        total[:, :, :prefix] += shared[:, :, 1:].sum(2)
     dk, dv = total.to(q.dtype)
     return dq, dk, dv
 

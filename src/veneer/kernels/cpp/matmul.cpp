@@ -355,8 +355,12 @@ void outer(const bf16* p, i64 p_row, const bf16* x, i64 x_row, float* out, i64 r
             }
 #pragma omp for schedule(static)
         for (i64 span = 0; span < spans; span++)
-            for (i64 t = 0; t < rows; t += AT_ONCE)
-                for (i64 n = span * SPAN; n < std::min((span + 1) * SPAN, columns); n += LANES)
+            for (i64 t = 0; t < rows; t += AT_ONCE) {
+                const i64 end = std::min((span + 1) * SPAN, columns);
+                for (i64 next = t + AT_ONCE; !HAS_PAIRS && next < std::min(t + 2 * AT_ONCE, rows); next++)
+                    for (i64 n = span * SPAN; n < end; n += 2 * LANES)
+                        _mm_prefetch((const char*)(x + next * x_row + n), _MM_HINT_T0);
+                for (i64 n = span * SPAN; n < end; n += LANES)
                     for (i64 i = 0; i < width;) {
                         auto run = [&](auto function, i64 step) {
                             function(left + t / STEP * width + i, width, x + t * x_row + n, x_row,
@@ -368,6 +372,7 @@ void outer(const bf16* p, i64 p_row, const bf16* x, i64 x_row, float* out, i64 r
                         else if (width - i >= 8) run(ranks<8>, 8);
                         else run(ranks<1>, 1);
                     }
+            }
     }
 }
 
