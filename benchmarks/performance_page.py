@@ -81,8 +81,8 @@ def _head(parts: Mapping[str, list[Record]]) -> str:
 def _commits(parts: Mapping[str, list[Record]]) -> str:
     """Which code was measured."""
     found: dict[str, list[str]] = {}
-    for part, records in parts.items():
-        for commit in {record["commit"]: None for record in records if record.get("commit") and part != "machine"}:
+    for part in [part for part in parts if part != "machine"]:
+        for commit in sorted({record["commit"] for record in parts[part] if record.get("commit")}):
             found.setdefault(commit, []).append(part)
     if len(found) < 2:
         return "".join(f", at commit {commit}" for commit in found)
