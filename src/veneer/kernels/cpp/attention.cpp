@@ -13,17 +13,6 @@ namespace {
 constexpr i64 STEP = HAS_PAIRS ? 2 : 1, TILE = 64, ROWS = 6, COLUMNS = 4 * LANES;
 using Unit = std::conditional_t<HAS_PAIRS, Pair, float>;
 
-// Room that begins at a whole line and grows when asked for more.
-template <class T>
-struct Room {
-    std::vector<T> held;
-    T* of(i64 count) {
-        constexpr i64 LINE = 64;
-        if (i64(held.size()) < count + LINE) held.resize(count + LINE);
-        return (T*)up_to(i64(held.data()), LINE);
-    }
-};
-
 constexpr i64 steps(i64 depth) { return (depth + STEP - 1) / STEP; }
 
 inline __m512 add_product(__m512 sums, Unit left, __m512i right) {

@@ -13,6 +13,8 @@ constexpr i64 LANES = 16;
 
 static inline __mmask16 first(i64 n) { return __mmask16((1u << std::min<i64>(n, LANES)) - 1); }
 
+static inline __m512 dot(__m512 sums, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sums); }
+
 // The even and the odd numbers of pairs.
 static inline __m512 evens(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 static inline __m512 odds(__m512i pairs) {

@@ -7,12 +7,24 @@
 #include <cstring>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 using i64 = std::int64_t;
 using Pair = std::uint32_t;                                   // two bf16 that are multiplied and added together
 typedef std::uint32_t __attribute__((may_alias)) StoredPair;  // one where it lies as two bf16
 
 static inline i64 up_to(i64 n, i64 step) { return (n + step - 1) / step * step; }
+
+// Room that begins at a whole line and grows when asked for more.
+template <class T>
+struct Room {
+    std::vector<T> held;
+    T* of(i64 count) {
+        constexpr i64 LINE = 64;
+        if (i64(held.size()) < count + LINE) held.resize(count + LINE);
+        return (T*)up_to(i64(held.data()), LINE);
+    }
+};
 
 struct bf16 {
     std::uint16_t bits;

@@ -39,23 +39,33 @@ struct Step {
     float eps, scaling;
 };
 
-// sums[m * N + n] = x[m] . w[n] + h[m] . b[n], for M rows of x and N rows of w. Meanwhile the first rows of `next` are
-// fetched.
-template <int M, int N>
-inline void dots(const float* x, i64 ldx, const float* w, i64 depth, Low<float> low, float* sums, const float*, int) {
-    auto dot = [](const float* left, const float* right, i64 size) {
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (i64 k = 0; k < size; k++) sum += left[k] * right[k];
-        return sum;
-    };
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            sums[m * N + n] = dot(x + m * ldx, w + n * depth, depth) +
-                              dot(low.h + m * low.rank, low.b + n * low.rank, low.rank);
-}
+template <int N>
+using Count = std::integral_constant<int, N>;
 
+// dots<M, N>: sums[m * N + n] = x[m] . w[n] + h[m] . b[n], for M rows of x and N rows of w. Meanwhile the first rows of
+// `next` are fetched.
 #ifdef HAS_VECTORS
+template <class T>
+struct Vector {  // sixteen floats
+    using Held = __m512;
+    static constexpr int SIZE = 16;
+    static Held load(const float* p) { return _mm512_loadu_ps(p); }
+    static Held load(const float* p, i64 size) { return _mm512_maskz_loadu_ps(first(size), p); }
+    static void widen(Held v, float* to) { _mm512_store_ps(to, v); }
+};
+template <>
+struct Vector<bf16> {  // sixteen pairs
+    using Held = Pairs;
+    static constexpr int SIZE = 32;
+    static Held load(const bf16* p) { return pairs_of(_mm512_loadu_si512(p)); }
+    static Held load(const bf16* p, i64 size) {
+        return pairs_of(_mm512_maskz_loadu_epi16((__mmask32(1) << size) - 1, p));
+    }
+#ifndef __AVX512BF16__
+    static void widen(Held v, float* to) { _mm512_store_ps(to, v.odd), _mm512_store_ps(to + LANES, v.even); }
+#endif
+};
+
 inline __m512 pairs_of_two(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
 }
@@ -74,37 +84,121 @@ inline __m512 sums_of(const __m512* v) {
     return halves(halves(quads[0], quads[1]), halves(quads[2], quads[3]));
 }
 
-template <int M, int N>
-inline void dots(const bf16* x, i64 ldx, const bf16* w, i64 depth, Low<bf16> low, float* sums, const bf16* next,
-                 int fetch) {
+template <int M, int N, class T>
+inline void dots(const T* x, i64 ldx, const T* w, i64 depth, Low<T> low, float* sums, const T* next, int fetch) {
+    using V = Vector<T>;
     __m512 parts[16];
     for (auto& part : parts) part = _mm512_setzero_ps();
-    auto add = [&](const bf16* x, i64 ldx, const bf16* w, i64 ldw, auto load) {
-        Pairs left[M], right[N];
-        for (int m = 0; m < M; m++) left[m] = pairs_of(load(x + m * ldx));
-        for (int n = 0; n < N; n++) right[n] = pairs_of(load(w + n * ldw));
+    auto add = [&](const T* x, i64 ldx, const T* w, i64 ldw, auto load) {
+        typename V::Held left[M], right[N];
+        for (int m = 0; m < M; m++) left[m] = load(x + m * ldx);
+        for (int n = 0; n < N; n++) right[n] = load(w + n * ldw);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) parts[m * N + n] = dot(parts[m * N + n], left[m], right[n]);
     };
-    auto add_all = [&](const bf16* x, i64 ldx, const bf16* w, i64 size, int fetch) {
+    auto add_all = [&](const T* x, i64 ldx, const T* w, i64 size, int fetch) {
         i64 k = 0;
-        for (; k + 32 <= size; k += 32) {
+        for (; k + V::SIZE <= size; k += V::SIZE) {
             for (int i = 0; i < fetch; i++) __builtin_prefetch(next + i * size + k);
-            add(x + k, ldx, w + k, size, [](const bf16* p) { return _mm512_loadu_si512(p); });
+            add(x + k, ldx, w + k, size, [](const T* p) { return V::load(p); });
         }
-        if (k < size) {
-            __mmask32 some = (1u << (size - k)) - 1;
-            add(x + k, ldx, w + k, size, [some](const bf16* p) { return _mm512_maskz_loadu_epi16(some, p); });
-        }
+        if (k < size) add(x + k, ldx, w + k, size, [left = size - k](const T* p) { return V::load(p, left); });
     };
     add_all(x, ldx, w, depth, fetch);
     if (low.rank) add_all(low.h, low.rank, low.b, low.rank, 0);
     _mm512_mask_storeu_ps(sums, __mmask16((1u << M * N) - 1), sums_of(parts));
 }
-#endif
 
-template <int N>
-using Count = std::integral_constant<int, N>;
+struct Ahead {  // lines that are fetched while something is computed
+    static constexpr i64 LINE = 64;
+    const char *next, *end;
+    void fetch() {
+        if (next < end) __builtin_prefetch(next), next += LINE;
+    }
+};
+
+// The same for rows that were widened: in the same order, to the same sums.
+template <int M, int N>
+inline void wide_dots(const float* x, const float* w, i64 size, float* sums, Ahead& ahead) {
+    __m512 parts[16];
+    for (auto& part : parts) part = _mm512_setzero_ps();
+    for (i64 k = 0; k < size; k += LANES) {
+        ahead.fetch();
+        __m512 right[N];
+        for (int n = 0; n < N; n++) right[n] = _mm512_load_ps(w + n * size + k);
+        for (int m = 0; m < M; m++) {
+            __m512 left = _mm512_load_ps(x + m * size + k);
+            for (int n = 0; n < N; n++) parts[m * N + n] = dot(parts[m * N + n], left, right[n]);
+        }
+    }
+    _mm512_mask_storeu_ps(sums, __mmask16((1u << M * N) - 1), sums_of(parts));
+}
+
+template <class T>
+constexpr bool WIDENS = !(HAS_PAIRS && sizeof(T) == 2);
+
+template <class T>
+inline float* widen(const T* row, i64 size, float* to) {
+    using V = Vector<T>;
+    i64 k = 0;
+    for (; k + V::SIZE <= size; k += V::SIZE) V::widen(V::load(row + k), to + k);
+    if (k < size) V::widen(V::load(row + k, size - k), to + k), k += V::SIZE;
+    return to + k;
+}
+
+// The sums of many rows: those of w are widened a few at a time, and meet all rows of x, which were widened before.
+template <class T, class Finish>
+inline void wide_product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, Low<T> low,
+                         const Finish& finish) {
+    constexpr int TILE = 4;
+    thread_local Room<float> for_x, for_w;
+    const i64 size = up_to(depth, Vector<T>::SIZE) + up_to(low.rank, Vector<T>::SIZE);
+    const i64 group = std::max<i64>(1, 6144 / (TILE * size)) * TILE;  // of the first cache a half
+    float *wide_x = for_x.of(rows * size), *wide_w = for_w.of(group * size), sums[TILE * TILE];
+    for (i64 m = 0; m < rows; m++)
+        widen(low.h + m * low.rank, low.rank, widen(x + m * ldx, depth, wide_x + m * size));
+    for (i64 n = begin; n < end; n += group) {
+        const i64 count = std::min(group, end - n);
+        for (i64 i = 0; i < count; i++)
+            widen(low.b + (n + i) * low.rank, low.rank, widen(w + (n + i) * depth, depth, wide_w + i * size));
+        const T *next = w + (n + count) * depth, *after = w + std::min(n + count + group, end) * depth;
+        Ahead ahead{(const char*)next, (const char*)after};
+        for (i64 m = 0; m < rows; m += TILE) {
+            auto across = [&](auto M) {
+                i64 i = 0;
+                for (; i + TILE <= count; i += TILE) {
+                    wide_dots<M, TILE>(wide_x + m * size, wide_w + i * size, size, sums, ahead);
+                    finish(m, n + i, sums, M, Count<TILE>());
+                }
+                for (; i < count; i++) {
+                    wide_dots<M, 1>(wide_x + m * size, wide_w + i * size, size, sums, ahead);
+                    finish(m, n + i, sums, M, Count<1>());
+                }
+            };
+            switch (rows - m) {
+                case 1: across(Count<1>()); break;
+                case 2: across(Count<2>()); break;
+                case 3: across(Count<3>()); break;
+                default: across(Count<TILE>());
+            }
+        }
+    }
+}
+#else
+template <int M, int N, class T>
+inline void dots(const T* x, i64 ldx, const T* w, i64 depth, Low<T> low, float* sums, const T*, int) {
+    auto dot = [](const T* left, const T* right, i64 size) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (i64 k = 0; k < size; k++) sum += left[k] * right[k];
+        return sum;
+    };
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            sums[m * N + n] = dot(x + m * ldx, w + n * depth, depth) +
+                              dot(low.h + m * low.rank, low.b + n * low.rank, low.rank);
+}
+#endif
 
 // finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on
 // and the rows of w from `begin` to `end`.
@@ -128,6 +222,10 @@ constexpr i64 BLOCK = 32;  // rows of w that stay in the cache while all rows of
 template <class T, class Finish>
 inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish,
                     Low<T> low = {}) {
+#ifdef HAS_VECTORS
+    if constexpr (WIDENS<T>)
+        if (rows >= 4) return wide_product(x, ldx, rows, w, begin, end, depth, low, finish);
+#endif
     for (i64 n = begin; n < end; n += BLOCK) {
         i64 to = std::min(n + BLOCK, end), m = 0;
         // Tiles of x find the block in the cache, but for the first; they share in fetching the next one, four rows of
