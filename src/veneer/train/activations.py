@@ -104,7 +104,19 @@ def kept_bytes(module: nn.Module, objective: Objective, batch: Batch) -> int:
 def _kept_by_block(
     module: nn.Module, objective: Objective, batch: Batch, blocks: Sequence[nn.Module]
 ) -> dict[nn.Module | None, int]:
-    """The bytes that each of the blocks, in the order in which they run, keeps by itself; None stands for the rest."""
+    with as_in_training(module, batch.input_ids.device), torch.enable_grad(), counting_kept(module, blocks) as kept:
+        output = objective(module, batch)
+    del output
+    return kept
+
+
+@contextmanager
+def counting_kept(module: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[dict[nn.Module | None, int]]:
+    """Counts the bytes that a forward within keeps for its backward, without weights.
+
+    Gives what each of the blocks, in the order in which they run, keeps by itself; None stands for the rest. It is
+    filled in at the end. Until then the output has to be held: a storage that is freed could be counted for another.
+    """
     held = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     found: dict[int, tuple[nn.Module | None, int]] = {}
     running: list[nn.Module | None] = [None]
@@ -129,14 +141,10 @@ def _kept_by_block(
         for block in blocks:
             stack.enter_context(block.register_forward_pre_hook(enter))
             stack.enter_context(block.register_forward_hook(leave))
-        stack.enter_context(as_in_training(module, batch.input_ids.device))
-        stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda t: t))
-        output = objective(module, batch)
-        for owner, size in found.values():
-            order[owner] = order.get(owner, 0) + size
-        del output  # not before: a storage that is freed could be counted for another
-    return order
+        yield order
+    for owner, size in found.values():
+        order[owner] = order.get(owner, 0) + size
 
 
 def growth(device: torch.device) -> float:
@@ -165,7 +173,12 @@ class _Kept:
 
 
 def choose_blocks(
-    wanted: bool | str, module: nn.Module, objective: Objective, batch: Batch, tokens: int
+    wanted: bool | str,
+    module: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    tokens: int,
+    kept: int | None = None,
 ) -> tuple[list[nn.Module], str | None]:
     """The blocks that are computed twice, and what there is to say about it.
 
@@ -174,6 +187,7 @@ def choose_blocks(
             free; all layers where it does not fit even so, and none where the system does not say what is free.
         batch: a few tokens: what they keep is measured, and grows with their number.
         tokens: of the largest micro-batch.
+        kept: bytes that a forward of ``batch`` keeps, where they were counted already.
 
     Raises:
         TrainError: the recipe asks for a kind of which the model has none.
@@ -188,7 +202,7 @@ def choose_blocks(
     def need(kept: float) -> int:
         return int(growth(device) * kept / batch.input_ids.numel() * tokens) + WORKING
 
-    plain = need(kept_bytes(module, objective, batch))
+    plain = need(kept_bytes(module, objective, batch) if kept is None else kept)
     if plain <= SPARE * free:
         return [], None
     blocks, needed = _fewest(module, objective, batch, lambda kept: need(kept) <= SPARE * free)

@@ -20,6 +20,7 @@ from veneer.data.pack import Batch, collate_packed, collate_padded
 from veneer.errors import TrainError
 from veneer.kernels.check import Finding, Watch, watching
 from veneer.models.strict import first_line, shortlist
+from veneer.train.activations import counting_kept
 from veneer.train.classification import class_micro_batches
 from veneer.train.layout import Layout
 from veneer.train.noise import as_in_training
@@ -48,10 +49,13 @@ def self_check(module: nn.Module, objective: Objective, batch: Batch, *, every: 
     return watch
 
 
-def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -> None:
+def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -> int:
     """A step on trial: it can be computed, and every adapter tensor takes part in it. Nothing is kept of it.
 
     Rows of tokens and routed experts are left aside: a few tokens need not reach them.
+
+    Returns:
+        the bytes that the forward kept for the backward.
 
     Raises:
         TrainError: the step fails, or a tensor takes no part in the loss: its layer is not called, or not read.
@@ -59,7 +63,8 @@ def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -
     module, named = adapted.module, adapted.named_parameters()
     try:
         with as_in_training(module, batch.input_ids.device), torch.enable_grad():
-            loss = objective(module, batch).loss_sum
+            with counting_kept(module, ()) as kept:
+                loss = objective(module, batch).loss_sum
             grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -81,6 +86,7 @@ def check_gradients(adapted: AdaptedModel, objective: Objective, batch: Batch) -
             fix="rows like these do not reach their layers, as rows of text do not reach one that reads images: leave "
             f"them out with adapter.layers_to_transform or adapter.exclude_modules: [{', '.join(layers)}]",
         )
+    return sum(kept.values())
 
 
 def _path(tensor: str) -> str:

@@ -133,9 +133,9 @@ class Session:
         objective = OBJECTIVES[self.recipe.objective]
         batch = few_tokens(self.dataset, self.layout).to(self.base.device)
         watch = self_check(adapted.module, objective, batch, every=self.strict)
-        check_gradients(adapted, objective, batch)
+        kept = check_gradients(adapted, objective, batch)
         tokens = most_tokens(self.dataset, self.layout, self.plan.rows_per_step // world.size)
-        twice, note = choose_blocks(settings.gradient_checkpointing, adapted.module, objective, batch, tokens)
+        twice, note = choose_blocks(settings.gradient_checkpointing, adapted.module, objective, batch, tokens, kept)
         if note is not None:
             self.progress.message(note, "warning")
         if self.explain:
