@@ -24,13 +24,24 @@ def hashed(index: int, seed: int) -> int:
         h = ((h ^ (h >> 15)) * 0x846CA68B) % 2**32
         return h ^ (h >> 16)
 
-    return mixed((mixed(index % 2**32 ^ seed % 2**32 ^ index >> 32) + (seed >> 32)) % 2**32)
+    counter = index // 512 * 256 + index % 256
+    h = mixed((mixed(counter % 2**32 ^ seed % 2**32 ^ counter >> 32) + (seed >> 32)) % 2**32)
+    return h % 2**16 if index % 512 < 256 else h >> 16
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**62 - 1])
 def test_the_mask_is_the_hash(seed: int) -> None:
     drop = Dropout(0.3, seed)
-    assert drop.mask(200).tolist() == [hashed(i, seed) >= int(0.3 * 2**32) for i in range(200)]
+    assert drop.mask(1100).tolist() == [hashed(i, seed) >= round(0.3 * 2**16) for i in range(1100)]
+    far = 2**37 - 50  # where the counter's lower half begins anew
+    assert drop.mask(100, first=far).tolist() == [hashed(far + i, seed) >= round(0.3 * 2**16) for i in range(100)]
+
+
+def test_what_stays_is_scaled_by_the_very_share_that_stays() -> None:
+    p = 1e-4  # a step of 2^-16 is a seventh of it
+    kept = Dropout(p, 3).of(torch.ones(4)).max()
+    assert kept == torch.tensor(1 / (1 - round(p * 2**16) / 2**16))
+    assert Dropout(0.9999999, 3).of(torch.ones(4)).isfinite().all()
 
 
 def test_rows_in_parts_have_the_mask_that_they_have_together() -> None:
@@ -41,7 +52,7 @@ def test_rows_in_parts_have_the_mask_that_they_have_together() -> None:
 
 @needs_native
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
-@pytest.mark.parametrize("shape", [(1,), (3, 7), (130, 257)])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (130, 257), (40, 576)])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [0, 5, 2**32 // 257])
 def test_native_code_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, ...], threads: int, rows: int) -> None:
@@ -65,7 +76,7 @@ def test_the_mask_is_fair_and_its_neighbours_and_seeds_are_independent(p: float)
     assert (masks.mean(1) - (1 - p)).abs().max() < 5 * spread
     centred = (masks - (1 - p)) / (p * (1 - p)) ** 0.5
     limit = 5 / n**0.5
-    for shift in (1, 2, 64, 576, 1536):
+    for shift in (1, 2, 16, 64, 255, 256, 257, 512, 576, 1536):
         assert (centred[:, shift:] * centred[:, :-shift]).mean(1).abs().max() < limit
     correlation = centred @ centred.t() / n
     assert (correlation - torch.eye(4)).abs().fill_diagonal_(0).max() < limit
@@ -82,7 +93,9 @@ def test_each_draw_is_another_one_and_follows_torchs_seed() -> None:
 def test_its_gradient_has_the_same_mask() -> None:
     drop, x = Dropout(0.4, 9), torch.randn(5, 6, dtype=DOUBLE, requires_grad=True)
     assert torch.autograd.gradcheck(drop, (x,))
-    assert torch.equal(drop(x) / x.detach(), torch.autograd.grad(drop(x).sum(), x)[0])
+    ratio, slope = drop(x) / x.detach(), torch.autograd.grad(drop(x).sum(), x)[0]
+    assert torch.equal(ratio != 0, slope != 0)
+    torch.testing.assert_close(ratio, slope, rtol=1e-14, atol=0)
 
 
 def operands(outs: int, ins: int, drop: Dropout | None) -> LowRankLinear:

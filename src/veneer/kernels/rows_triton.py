@@ -302,8 +302,10 @@ def _drop(
     place = tl.program_id(0).to(tl.int64) * FLAT + tl.arange(0, FLAT)
     inside = place < count
     number = place + begin
-    h = _mixed(number.to(tl.uint32) ^ low.to(tl.uint32) ^ (number >> 32).to(tl.uint32))
-    stays = _mixed(h + high.to(tl.uint32)) >= threshold.to(tl.uint32)
+    counter = (number >> 9 << 8) + (number & 255)
+    h = _mixed(counter.to(tl.uint32) ^ low.to(tl.uint32) ^ (counter >> 32).to(tl.uint32))
+    h = _mixed(h + high.to(tl.uint32))
+    stays = tl.where((number & 256) == 0, h & 0xFFFF, h >> 16) >= threshold.to(tl.uint32)
     kind = out.dtype.element_ty
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(stays, (value * scale).to(kind).to(tl.float32), 0.0)

@@ -104,25 +104,43 @@ static inline std::uint32_t mixed(std::uint32_t h) {
     return h ^ (h >> 16);
 }
 
-// out = mask(x), or out + mask(x), of the elements that the mask counts from `begin` on.
-template <class T>
-static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, i64 begin, int threads) {
+// out = mask(x), or out + mask(x), of the elements that the mask counts from `begin` on. Elements n and n + 256 of every
+// 512 take the lower and the upper half of one hash.
+template <class T, bool add>
+static void dropped(const T* __restrict x, T* __restrict out, i64 count, i64 seed, i64 threshold, float scale, i64 begin,
+                    int threads) {
     const std::uint32_t low = std::uint32_t(seed), high = std::uint32_t(seed >> 32), least = std::uint32_t(threshold);
-    constexpr i64 CHUNK = 1 << 14;  // within one, the upper half of the index does not change
+    constexpr i64 HALF = 256, BOTH = 2 * HALF, CHUNK = 32 * BOTH;  // in a chunk the counter's upper half does not change
+    const i64 end = begin + count;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 chunk = begin / CHUNK * CHUNK; chunk < begin + count; chunk += CHUNK) {
-        const i64 first = chunk < begin ? begin : chunk, end = begin + count;
-        const std::uint32_t start = std::uint32_t(first), upper = std::uint32_t(first >> 32);
-        const T* from = x + (first - begin);
-        T* to = out + (first - begin);
-        const int size = int((end - chunk < CHUNK ? end : chunk + CHUNK) - first);
+    for (i64 chunk = begin / CHUNK * CHUNK; chunk < end; chunk += CHUNK) {
+        const std::uint32_t other = low ^ std::uint32_t(chunk >> 33);
+        for (i64 block = chunk; block < std::min(chunk + CHUNK, end); block += BOTH) {
+            const std::uint32_t counter = std::uint32_t(block / 2);
+            std::uint32_t hash[HALF];
 #pragma omp simd
-        for (int i = 0; i < size; i++) {
-            std::uint32_t h = mixed(mixed((start + std::uint32_t(i)) ^ low ^ upper) + high);
-            float y = h >= least ? rounded<T>(get(from[i]) * scale) : 0.0f;
-            put(to[i], add ? get(to[i]) + y : y);
+            for (int i = 0; i < HALF; i++) hash[i] = mixed(mixed((counter + std::uint32_t(i)) ^ other) + high);
+            for (int part = 0; part < 2; part++) {
+                const i64 first = block + part * HALF, shift = 16 * part;
+                const T* from = x + (first - begin);
+                T* to = out + (first - begin);
+                const int start = int(std::max<i64>(0, begin - first)), stop = int(std::min(HALF, end - first));
+#pragma omp simd
+                for (int i = start; i < stop; i++) {
+                    float y = ((hash[i] >> shift) & 0xffff) >= least ? get(from[i]) * scale : 0.0f;
+                    put(to[i], add ? get(to[i]) + rounded<T>(y) : y);
+                }
+            }
         }
     }
+}
+
+template <class T>
+static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, i64 begin, int threads) {
+    if (add)
+        dropped<T, true>(x, out, count, seed, threshold, scale, begin, threads);
+    else
+        dropped<T, false>(x, out, count, seed, threshold, scale, begin, threads);
 }
 
 // ---- a factor for each column --------------------------------------------------------------------------------------
