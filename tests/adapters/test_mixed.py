@@ -55,6 +55,18 @@ def alone(adapted: AdaptedModel, names: list[str], ids: Tensor = IDS) -> Tensor:
     return torch.cat(rows)
 
 
+def near(adapted: AdaptedModel) -> dict[str, float]:
+    """float64's tolerance; or, where a model's own code rounds to float32 (recurrences, routers), more.
+
+    That is a multiple of what a batch under one adapter already differs by from its rows on this processor.
+    """
+    own = 0.0
+    for name in ("a", "b"):
+        rows = alone(adapted, [name] * len(IDS))
+        own = max(own, (logits(adapted.module) - rows).abs().max().item())
+    return NEAR if own < NEAR["atol"] else {"rtol": 0.0, "atol": 10 * own}
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["own code", "fused"])
 @pytest.mark.parametrize("name", sorted(set(tiny_models.ALL) - set(READ)))
 def test_on_every_architecture_a_row_is_what_it_is_alone(name: str, fused: bool) -> None:
@@ -62,12 +74,13 @@ def test_on_every_architecture_a_row_is_what_it_is_alone(name: str, fused: bool)
     if fused:
         fuse(module.double())
     adapted = two(module)
+    tolerance = near(adapted)
     expected = alone(adapted, NAMES)
     assert (expected - logits(module)).abs().amax(dim=tuple(range(1, expected.dim()))).gt(1e-2).tolist() == [
         name != "b" for name in NAMES
     ]  # b is in use, and every other row shows
     with adapted.mixed(NAMES):
-        torch.testing.assert_close(logits(module), expected, **NEAR)
+        torch.testing.assert_close(logits(module), expected, **tolerance)
     assert torch.equal(logits(module), logits(module))
     assert adapted.active == "b"
 
