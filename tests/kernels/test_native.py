@@ -86,7 +86,8 @@ class TestTheSameNumbers:
         want = activation(act, wide[0] * scales[0]) * (wide[1] * scales[1])
         want.backward(dm.double())
         assert_near(ours.product(e, g).double(), want.detach(), ROUNDING[dtype])
-        de, dg, *sums = ours.grads(e, g, dm.clone())
+        de, dg, again, *sums = ours.grads(e, g, dm.clone())
+        assert torch.equal(again, ours.product(e, g))
         for got, leaf in ((de, wide[0]), (dg, wide[1])):
             assert_near(got.double(), leaf.grad, 2 * ROUNDING[dtype])
         for got, scale, has in zip(sums, scales, scaled):
@@ -123,7 +124,9 @@ class TestTheSameNumbers:
         e[0, :5] = torch.tensor([0.0, -30.0, 30.0, -1000.0, 1000.0])
 
         def compute() -> list[Tensor]:
-            return [_gated(act, e, g), *_gated_grads(act, e, g, dm.clone())]
+            m, found = _gated(act, e, g), _gated_grads(act, e, g, dm.clone())
+            assert torch.equal(found[2], m)
+            return [m, *found[:2]]
 
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, ROUNDING[dtype])
@@ -222,7 +225,7 @@ def test_what_is_not_a_number_stays_so() -> None:
     e, g = torch.tensor([math.nan, 1.0]), torch.tensor([1.0, math.nan])
     for act in ("silu", "gelu_tanh"):
         assert _gated(act, e, g).isnan().all()
-        de, dg = _gated_grads(act, e, g, torch.ones(2))
+        de, dg, _ = _gated_grads(act, e, g, torch.ones(2))
         assert de.isnan().all()
         assert dg[0].isnan()
     hidden = torch.full((1, 4), math.nan, dtype=BF16, requires_grad=True)

@@ -27,7 +27,6 @@ from veneer.kernels.lora_linear import (
     input_grad,
     lora_linear_reference,
     low_rank_forward,
-    low_rank_grads,
     masked,
     row_scale_grads,
     scale_rows,
@@ -76,23 +75,24 @@ def _gated(name: str, e: Tensor, g: Tensor) -> Tensor:
     if not native.can_take(e, g, function=f"gate_{name}"):
         return activation(name, e).mul_(g)
     m = torch.empty_like(e)
-    native.call(f"gate_{name}", e, g, m, None, m.numel(), 0)
+    native.call(f"gate_{name}", e, g, m, None, None, m.numel(), 0)
     return m
 
 
-def _gated_grads(name: str, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """``(de, dg)`` of ``m = act(e) * g``; ``dm`` is used up."""
+def _gated_grads(name: str, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(de, dg, m)`` of ``m = act(e) * g``; ``dm`` is used up."""
     if native.can_take(e, g, dm, function=f"gate_{name}"):
-        dg = torch.empty_like(e)
-        native.call(f"gate_{name}", e, g, dm, dg, dg.numel(), 1)
-        return dm, dg
-    dg = activation(name, e).mul_(dm)
+        dg, m = torch.empty_like(e), torch.empty_like(e)
+        native.call(f"gate_{name}", e, g, dm, dg, m, dg.numel(), 1)
+        return dm, dg, m
+    value = activation(name, e)
+    dg = value * dm
     dm.mul_(g)
     if name == "silu":
         de: Tensor = torch.ops.aten.silu_backward(dm, e)
     else:
         de = torch.ops.aten.gelu_backward(dm, e, approximate="tanh" if name == "gelu_tanh" else "none")
-    return de, dg
+    return de, dg, value.mul_(g)
 
 
 class _Scaled:
@@ -116,12 +116,12 @@ class _Scaled:
         native.call(self._name, e, g, self._ke, self._kg, m, *e.shape)
         return m
 
-    def grads(self, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Of ``e`` (in the place of ``dm``) and ``g``, and of their scales ``[f]`` float32."""
-        dg, sums = torch.empty_like(g), e.new_empty(2, e.shape[1], dtype=torch.float32)
-        native.call(f"{self._name}_back", e, g, self._ke, self._kg, dm, dg, *sums, *e.shape)
+    def grads(self, e: Tensor, g: Tensor, dm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of ``e`` (in the place of ``dm``) and ``g``; the product; and the gradients of the scales ``[f]`` float32."""
+        dg, m, sums = torch.empty_like(g), torch.empty_like(g), e.new_empty(2, e.shape[1], dtype=torch.float32)
+        native.call(f"{self._name}_back", e, g, self._ke, self._kg, dm, dg, m, *sums, *e.shape)
         of_e, of_g = (total if has else None for total, has in zip(sums, self._has))
-        return dm, dg, of_e, of_g
+        return dm, dg, m, of_e, of_g
 
 
 def gated_mlp_reference(
@@ -230,17 +230,16 @@ class _GatedMlp(torch.autograd.Function):
         flat, drd = row_scale_grads(dy, u, kd)
         folded = _Scaled(ctx.act, e0, kg, ku) if ctx.is_folded else None
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
-        m = _gated(ctx.act, e, g) if folded is None else folded.product(e0, g0)
         drop, drop_down = ctx.drops
-        pd, dAd, dBd = low_rank_grads(flat, masked(m, drop_down) if ctx.needs_input_grad[18] else None, hd, bd, sd)
-        sa = scaled(Ad, sd, dy.dtype)
-        dm = input_grad(Plain(flat, wd), p=pd, sa=sa, drop=drop_down, out=m)  # m is not needed any more
+        pd, dBd = sum_of_products(Plain(flat, bd)), factor_grad(hd, flat).t()
+        dm = input_grad(Plain(flat, wd), p=pd, sa=scaled(Ad, sd, dy.dtype), drop=drop_down)
         if folded is None:
-            de, dg = _gated_grads(ctx.act, e, g, dm)
+            de, dg, m = _gated_grads(ctx.act, e, g, dm)
             de, drg = row_scale_grads(de, e0, kg, in_place=True)
             dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         else:
-            de, dg, drg, dru = folded.grads(e0, g0, dm)
+            de, dg, m, drg, dru = folded.grads(e0, g0, dm)
+        dAd = factor_grad(pd, masked(m, drop_down)).mul_(sd) if ctx.needs_input_grad[18] else None
         del m, dm, e, g
         # P of gate and up side by side: one read of x for both dA, one product with stacked A for dx.
         pp = torch.empty_like(hh)

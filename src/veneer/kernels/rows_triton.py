@@ -91,8 +91,10 @@ def turn(
     _launch(_turn, (rows, triton.cdiv(heads, 4)), source.get_device(), *arguments, **options)
 
 
-def _gate(act: str, e: Tensor, g: Tensor, m: Tensor, dg: Tensor | None, count: int, back: int) -> None:
-    arguments = (e, g, m, m if dg is None else dg, count)
+def _gate(
+    act: str, e: Tensor, g: Tensor, m: Tensor, dg: Tensor | None, again: Tensor | None, count: int, back: int
+) -> None:
+    arguments = (e, g, m, m if dg is None else dg, m if again is None else again, count)
     options = {"ACT": act, "BACK": bool(back), "FLAT": FLAT, "enable_fp_fusion": False}
     _launch(_gate_kernel, (triton.cdiv(count, FLAT),), e.get_device(), *arguments, **options)
 
@@ -252,6 +254,7 @@ def _gate_kernel(
     g: tl.tensor,
     m: tl.tensor,
     dg: tl.tensor,
+    again: tl.tensor,
     count: int,
     ACT: tl.constexpr,
     BACK: tl.constexpr,
@@ -274,6 +277,7 @@ def _gate_kernel(
     if BACK:
         dm = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(dg + place, (value * dm).to(kind), mask=inside)
+        tl.store(again + place, (value * gain).to(kind), mask=inside)
         tl.store(m + place, ((dm * gain).to(kind).to(tl.float32) * slope).to(kind), mask=inside)
     else:
         tl.store(m + place, (value * gain).to(kind), mask=inside)

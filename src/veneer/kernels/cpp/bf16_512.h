@@ -44,4 +44,22 @@ static inline __m256i narrow(__m512 x) {  // to nearest, ties to even; a NaN sta
 }
 #endif
 static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+static inline __m512 fma_(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline __m512 inverse(__m512 x) {  // to about one unit in the last place
+    __m512 near = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(near, _mm512_fnmadd_ps(x, near, _mm512_set1_ps(2.0f)));
+}
+
+static inline __m512 exp_(__m512 x) {  // as that of one number
+    auto all = [](float value) { return _mm512_set1_ps(value); };
+    x = _mm512_min_ps(all(88.0f), _mm512_max_ps(all(-87.0f), x));  // a NaN stays one
+    __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, all(1.44269504f), all(12582912.0f)), all(12582912.0f));
+    __m512 r = _mm512_fmadd_ps(n, all(2.12194440e-4f), _mm512_fmadd_ps(n, all(-0.693359375f), x));
+    __m512 p = all(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = _mm512_fmadd_ps(p, r, all(next));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), all(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
 #endif

@@ -59,6 +59,8 @@ static inline float fma_(float a, float b, float c) {
 #endif
 }
 
+static inline float inverse(float x) { return 1.0f / x; }
+
 template <class T>  // what a sum over a row is taken in: no less exact than PyTorch's
 using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
 

@@ -3,9 +3,8 @@
 
 #ifdef __AVX512F__
 #pragma GCC target("prefer-vector-width=512")  // compilers take half of it by themselves
-#include <immintrin.h>
 #endif
-#include "common.h"
+#include "bf16_512.h"
 
 // ---- cross entropy of rows of logits -------------------------------------------------------------------------------
 
@@ -248,79 +247,126 @@ static void softmax_back(T* dp, const T* p, i64 rows, i64 keys, float scale, int
 
 // ---- a gated product -----------------------------------------------------------------------------------------------
 
-// act(e) into `value`, and its derivative.
-static inline float silu(float e, float& value) {
-    float s = 1.0f / (1.0f + exp_(-e));
-    value = e * s;
-    return s * (1.0f + e * (1.0f - s));
-}
-static inline float gelu_tanh(float e, float& value) {
-    const float k = 0.79788456f, c = 0.044715f;
-    float t = 1.0f - 2.0f / (1.0f + exp_(2.0f * k * (e + c * e * e * e)));  // tanh
-    value = 0.5f * e * (1.0f + t);
-    return 0.5f * (1.0f + t) + 0.5f * e * (1.0f - t * t) * k * (1.0f + 3.0f * c * e * e);
+// Of one number or of a vector of them: act(e) into `value`, and its derivative.
+struct Silu {
+    template <class F>
+    static inline F of(F e, F& value) {
+        F s = inverse(1.0f + exp_(-e));
+        value = e * s;
+        return s * (1.0f + e * (1.0f - s));
+    }
+};
+struct GeluTanh {
+    template <class F>
+    static inline F of(F e, F& value) {
+        const float k = 0.79788456f, c = 0.044715f;
+        F t = 1.0f - 2.0f * inverse(1.0f + exp_(2.0f * k * (e + c * e * e * e)));  // tanh
+        value = 0.5f * e * (1.0f + t);
+        return 0.5f * (1.0f + t) + 0.5f * e * (1.0f - t * t) * k * (1.0f + 3.0f * c * e * e);
+    }
+};
+
+// How a number, or a vector of them, is read, rounded to a type, and written.
+struct One {
+    template <class T> float from(const T* x) const { return get(*x); }
+    template <class T> float round(float x, const T*) const { return rounded<T>(x); }
+    template <class T> void to(T* place, float x) const { put(*place, x); }
+};
+#ifdef HAS_VECTORS
+struct Vector {
+    __mmask16 there = 0xffff;
+    __m512 from(const bf16* x) const { return widened(_mm256_maskz_loadu_epi16(there, x)); }
+    __m512 from(const float* x) const { return _mm512_maskz_loadu_ps(there, x); }
+    __m512 round(__m512 x, const bf16*) const { return widened(narrow(x)); }
+    void to(bf16* place, __m512 x) const { _mm256_mask_storeu_epi16(place, there, narrow(x)); }
+    void to(float* place, __m512 x) const { _mm512_mask_storeu_ps(place, there, x); }
+};
+#endif
+
+// Calls each(place, how) for the numbers of a row: in bfloat16 by vectors, else the compiler makes them.
+template <class T, class Each>
+static inline void along(i64 count, const Each& each) {
+#ifdef HAS_VECTORS
+    if constexpr (sizeof(T) == 2) {
+        i64 j = 0;
+        for (; j + LANES <= count; j += LANES) each(j, Vector{});
+        if (j < count) each(j, Vector{first(count - j)});
+        return;
+    }
+#endif
+#pragma omp simd
+    for (i64 j = 0; j < count; j++) each(j, One{});
 }
 
-// m = act(e) g; given dm as well, it becomes de in place, and dg is written.
-template <class T, float (*ACT)(float, float&)>
-static void gate(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (i64 i = 0; i < count; i++) {
-        float value, slope = ACT(get(e[i]), value);
-        value = rounded<T>(value);
-        if (back) {
-            float dm = get(m[i]);
-            put(dg[i], value * dm);
-            put(m[i], rounded<T>(dm * get(g[i])) * slope);
-        } else {
-            put(m[i], value * get(g[i]));
-        }
+// m = act(e) g; given dm as well, it becomes de in place, dg is written, and m is written to `again`.
+template <class T, class ACT>
+static void gate(const T* e, const T* g, T* m, T* dg, T* again, i64 count, i64 back, int threads) {
+    constexpr i64 CHUNK = 4096;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 begin = 0; begin < count; begin += CHUNK) {
+        const i64 here = std::min(CHUNK, count - begin);
+        const T *x = e + begin, *y = g + begin;
+        T *to = m + begin, *slopes = dg + begin, *product = again + begin;
+        if (!back)
+            along<T>(here, [=](i64 j, auto some) {
+                auto value = some.from(x + j);
+                ACT::of(some.from(x + j), value);
+                some.to(to + j, some.round(value, x) * some.from(y + j));
+            });
+        else
+            along<T>(here, [=](i64 j, auto some) {
+                auto value = some.from(x + j), slope = ACT::of(value, value), gain = some.from(y + j);
+                auto dm = some.from(to + j);
+                value = some.round(value, x);
+                some.to(slopes + j, value * dm);
+                some.to(product + j, value * gain);
+                some.to(to + j, some.round(dm * gain, x) * slope);
+            });
     }
 }
 
 // The same of factors whose columns are scaled: e (1 + ke) and g (1 + kg) stand for e and g, and are nowhere written.
-template <class T, float (*ACT)(float, float&)>
+template <class T, class ACT>
 static void scaled_gate(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows, i64 width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 t = 0; t < rows; t++) {
         const T *x = e + t * width, *y = g + t * width;
         T* to = m + t * width;
-#pragma omp simd
-        for (i64 j = 0; j < width; j++) {
-            float value;
-            ACT(rounded<T>(fma_(get(x[j]), get(ke[j]), get(x[j]))), value);
-            put(to[j], rounded<T>(value) * rounded<T>(fma_(get(y[j]), get(kg[j]), get(y[j]))));
-        }
+        along<T>(width, [=](i64 j, auto some) {
+            auto own = some.from(x + j), gain = some.from(y + j), value = own;
+            ACT::of(some.round(fma_(own, some.from(ke + j), own), e), value);
+            some.to(to + j, some.round(value, e) * some.round(fma_(gain, some.from(kg + j), gain), e));
+        });
     }
 }
 
-// dm becomes de in place, dg is written, and the columns' sums of the gradients by what was scaled: those of the scales.
-// A thread has whole columns, so that their sums do not depend on the number of threads.
-template <class T, float (*ACT)(float, float&)>
-static void scaled_gate_back(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg, float* e_sums,
+// dm becomes de in place, dg and m are written, and the columns' sums of the gradients by what was scaled: those of the
+// scales. A thread has whole columns, so that their sums do not depend on the number of threads.
+template <class T, class ACT>
+static void scaled_gate_back(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg, T* again, float* e_sums,
                              float* g_sums, i64 rows, i64 width, int threads) {
     constexpr i64 SPAN = 96, RUN = 64;  // columns of a job, rows that are summed up by themselves
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 first = 0; first < width; first += SPAN) {
         const i64 count = width - first < SPAN ? width - first : SPAN;
-        float a[SPAN], b[SPAN], e_part[SPAN], g_part[SPAN], e_total[SPAN] = {}, g_total[SPAN] = {};
-        for (i64 j = 0; j < count; j++) a[j] = get(ke[first + j]), b[j] = get(kg[first + j]);
+        float e_part[SPAN], g_part[SPAN], e_total[SPAN] = {}, g_total[SPAN] = {};
         for (i64 start = 0; start < rows; start += RUN) {
             for (i64 j = 0; j < count; j++) e_part[j] = g_part[j] = 0.0f;
             for (i64 t = start; t < (start + RUN < rows ? start + RUN : rows); t++) {
-                const T *x = e + t * width + first, *y = g + t * width + first;
-                T *d = dm + t * width + first, *to = dg + t * width + first;
-#pragma omp simd
-                for (i64 j = 0; j < count; j++) {
-                    float value, up = get(d[j]), own = get(x[j]), gain = get(y[j]);
-                    float slope = ACT(rounded<T>(fma_(own, a[j], own)), value);
-                    float dy = rounded<T>(rounded<T>(value) * up);
-                    float dx = rounded<T>(rounded<T>(up * rounded<T>(fma_(gain, b[j], gain))) * slope);
-                    e_part[j] = fma_(dx, own, e_part[j]);
-                    g_part[j] = fma_(dy, gain, g_part[j]);
-                    put(d[j], fma_(dx, a[j], dx));
-                    put(to[j], fma_(dy, b[j], dy));
-                }
+                const i64 at = t * width + first;
+                along<T>(count, [&](i64 j, auto some) {
+                    auto up = some.from(dm + at + j), own = some.from(e + at + j), gain = some.from(g + at + j);
+                    auto a = some.from(ke + first + j), b = some.from(kg + first + j), value = own;
+                    auto slope = ACT::of(some.round(fma_(own, a, own), e), value);
+                    auto scaled = some.round(fma_(gain, b, gain), e);
+                    value = some.round(value, e);
+                    auto dy = some.round(value * up, e), dx = some.round(some.round(up * scaled, e) * slope, e);
+                    some.to(e_part + j, fma_(dx, own, some.from(e_part + j)));
+                    some.to(g_part + j, fma_(dy, gain, some.from(g_part + j)));
+                    some.to(dm + at + j, fma_(dx, a, dx));
+                    some.to(dg + at + j, fma_(dy, b, dy));
+                    some.to(again + at + j, value * scaled);
+                });
             }
             for (i64 j = 0; j < count; j++) e_total[j] += e_part[j], g_total[j] += g_part[j];
         }
@@ -386,27 +432,29 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
                                   i64 begin, int threads) {                                                            \
         drop<T>(x, out, count, seed, threshold, scale, add, begin, threads);                                           \
     }                                                                                                                  \
-    extern "C" void gate_silu_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {       \
-        gate<T, silu>(e, g, m, dg, count, back, threads);                                                              \
+    extern "C" void gate_silu_##suffix(const T* e, const T* g, T* m, T* dg, T* again, i64 count, i64 back,            \
+                                       int threads) {                                                                  \
+        gate<T, Silu>(e, g, m, dg, again, count, back, threads);                                                       \
     }                                                                                                                  \
-    extern "C" void gate_gelu_tanh_##suffix(const T* e, const T* g, T* m, T* dg, i64 count, i64 back, int threads) {  \
-        gate<T, gelu_tanh>(e, g, m, dg, count, back, threads);                                                         \
+    extern "C" void gate_gelu_tanh_##suffix(const T* e, const T* g, T* m, T* dg, T* again, i64 count, i64 back,       \
+                                            int threads) {                                                             \
+        gate<T, GeluTanh>(e, g, m, dg, again, count, back, threads);                                                   \
     }                                                                                                                  \
     extern "C" void gate_silu_scaled_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows,        \
                                         i64 width, int threads) {                                                      \
-        scaled_gate<T, silu>(e, g, ke, kg, m, rows, width, threads);                                                   \
+        scaled_gate<T, Silu>(e, g, ke, kg, m, rows, width, threads);                                                   \
     }                                                                                                                  \
     extern "C" void gate_silu_scaled_back_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg,     \
-                                        float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
-        scaled_gate_back<T, silu>(e, g, ke, kg, dm, dg, e_sums, g_sums, rows, width, threads);                         \
+                                        T* again, float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
+        scaled_gate_back<T, Silu>(e, g, ke, kg, dm, dg, again, e_sums, g_sums, rows, width, threads);                         \
     }                                                                                                                  \
     extern "C" void gate_gelu_tanh_scaled_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* m, i64 rows,   \
                                         i64 width, int threads) {                                                      \
-        scaled_gate<T, gelu_tanh>(e, g, ke, kg, m, rows, width, threads);                                              \
+        scaled_gate<T, GeluTanh>(e, g, ke, kg, m, rows, width, threads);                                              \
     }                                                                                                                  \
     extern "C" void gate_gelu_tanh_scaled_back_##suffix(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg,\
-                                        float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
-        scaled_gate_back<T, gelu_tanh>(e, g, ke, kg, dm, dg, e_sums, g_sums, rows, width, threads);                    \
+                                        T* again, float* e_sums, float* g_sums, i64 rows, i64 width, int threads) {              \
+        scaled_gate_back<T, GeluTanh>(e, g, ke, kg, dm, dg, again, e_sums, g_sums, rows, width, threads);                    \
     }                                                                                                                  \
     extern "C" void decode4_##suffix(T* out, const std::uint8_t* codes, const float* scales, const float* book,        \
                                      i64 rows, i64 half, i64 groups, i64 codes_row, i64 scales_row, int threads) {     \
