@@ -202,13 +202,11 @@ def _native_grads(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: int, prefix: int, shape: tuple[int | float | Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dQ, dK, dV``; of a shared beginning the native code gives the last two by document."""
-    dq = torch.empty_like(q)
-    total = k.new_empty(2, *k.shape, dtype=torch.float32)
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     shared = k.new_empty(2, len(k), documents, prefix, k.shape[2], dtype=torch.float32)
-    native.call("attention_back", q, k, v, dout, dq, *total, *shared, *shape)
+    native.call("attention_back", q, k, v, dout, dq, dk, dv, *shared, *shape)
     if prefix:
-        total[:, :, :prefix] += shared[:, :, 1:].sum(2)
-    dk, dv = total.to(q.dtype)
+        dk[:, :prefix], dv[:, :prefix] = shared.sum(2)
     return dq, dk, dv
 
 

@@ -174,11 +174,20 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def _found() -> ctypes.CDLL | Missing:
     try:
-        return ctypes.CDLL(str(built(sorted(SOURCES.iterdir()), FLAGS, LINK)))
+        flags = FLAGS if _may_use_tiles() else (*FLAGS, "-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
+        return ctypes.CDLL(str(built(sorted(SOURCES.iterdir()), flags, LINK)))
     except Missing as reason:
         return reason
     except OSError as error:  # it cannot be loaded, or the cache folder cannot be written
         return Missing(str(error))
+
+
+def _may_use_tiles() -> bool:
+    """Whether this process may use the unit for tiles (AMX), as Linux wants to be asked; True where there is none."""
+    if " amx_tile" not in _processor():
+        return True
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # Linux, Documentation/arch/x86/xstate.rst
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def built(sources: Sequence[Path], flags: tuple[str, ...], link: tuple[str, ...]) -> Path:

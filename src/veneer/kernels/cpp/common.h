@@ -13,7 +13,7 @@ using i64 = std::int64_t;
 using Pair = std::uint32_t;                                   // two bf16 that are multiplied and added together
 typedef std::uint32_t __attribute__((may_alias)) StoredPair;  // one where it lies as two bf16
 
-static inline i64 up_to(i64 n, i64 step) { return (n + step - 1) / step * step; }
+static constexpr i64 up_to(i64 n, i64 step) { return (n + step - 1) / step * step; }
 
 // Room that begins at a whole line and grows when asked for more.
 template <class T>

@@ -8,9 +8,9 @@
 // largest, with 12 bits and a sign each. Sums within a block are exact. Numbers of at least a sixteenth of the largest
 // are, too; others are off by at most 2^-12 of it, where bfloat16 has already rounded the largest by up to 2^-9 of it.
 
-#include "bf16_512.h"
+#include "products.h"
 
-#if defined(HAS_VECTORS) && defined(__AVX512VNNI__) && !defined(__AMX_BF16__)
+#if defined(HAS_VECTORS) && defined(__AVX512VNNI__) && !(defined(__AMX_TILE__) && defined(__AMX_BF16__))
 #include <vector>
 
 namespace {
@@ -19,20 +19,8 @@ struct alignas(64) Line {
     Pair pairs[16];
 };
 
-constexpr i64 COLUMNS = 4 * LANES, DEPTH = 2048, CHUNK = HAS_PAIRS ? 192 : 96, GROUP = 4 << 20, MOST = 8;
+constexpr i64 COLUMNS = 4 * LANES, DEPTH = 2048, CHUNK = HAS_PAIRS ? 192 : 96, GROUP = 4 << 20, MOST = MOST_PRODUCTS;
 constexpr i64 BLOCK = 64, ROWS = 4096;  // pairs under one exponent: 128 * 4080 * 4080 < 2^31; rows laid out at a time
-
-struct Product {  // of A [rows, depth] with W [columns, depth] turned, or with W [depth, columns]; depth is even
-    const bf16 *a, *w;
-    i64 a_row, w_row, depth, turned;
-};
-
-struct Products {
-    Product products[MOST];
-    i64 count, rows, columns, out_row;
-    const bf16* bias;  // or null
-    bf16* out;
-};
 
 // Lines that pairs of the depth take: theirs, and one of scales after each block.
 inline i64 lines_of(i64 pairs) { return HAS_PAIRS ? pairs : pairs + (pairs + BLOCK - 1) / BLOCK; }
@@ -96,54 +84,12 @@ void in_blocks(const bf16* row, i64 pairs, Pair* out) {
     }
 }
 
-void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-
 // [pairs, width] into a panel of that width: pair (k, n) is W's elements 2k and 2k + 1 of column n; zero from `columns`.
 void lay_out(const Product& p, i64 column, i64 columns, i64 depth, i64 pairs, Pair* out, i64 width) {
     auto line = [](i64 k) { return HAS_PAIRS ? k : k + k / BLOCK; };
-    for (i64 n = 0; n < width; n += LANES) {
-        const i64 there = std::max<i64>(0, std::min(LANES, columns - n));
-        if (p.turned) {
-            const bf16* w = p.w + (column + n) * p.w_row + depth;
-            for (i64 k = 0; k < pairs; k += LANES) {
-                __m512i r[16];
-                for (i64 i = 0; i < LANES; i++)
-                    r[i] = i < there ? _mm512_maskz_loadu_epi32(first(pairs - k), w + i * p.w_row + 2 * k)
-                                     : _mm512_setzero_si512();
-                transpose(r);
-                for (i64 i = 0; i < std::min(LANES, pairs - k); i++)
-                    _mm512_store_si512(out + line(k + i) * width + n, r[i]);
-            }
-        } else {
-            const bf16* w = p.w + depth * p.w_row + column + n;
-            for (i64 k = 0; k < pairs; k++) {
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there), w + 2 * k * p.w_row));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there), w + (2 * k + 1) * p.w_row));
-                _mm512_store_si512(out + line(k) * width + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-        }
-    }
+    for (i64 n = 0; n < width; n += LANES)
+        lay_out_columns(p, column + n, std::max<i64>(0, std::min(LANES, columns - n)), depth, pairs,
+                        [&](i64 k) { return out + line(k) * width + n; });
     if (!HAS_PAIRS)
         for (i64 k = 0; k < pairs; k += BLOCK) in_block(out + line(k) * width, std::min(BLOCK, pairs - k), width);
 }
