@@ -13,7 +13,11 @@ def decode_bytes(ids: list[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-@given(st.text(min_size=1, max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+HALF = "\ufffd"  # cannot be told from half a character
+STOPS = st.text(st.characters(exclude_characters=HALF, codec="utf-8"), min_size=1, max_size=4)
+
+
+@given(st.text(min_size=1, max_size=30), st.lists(STOPS, max_size=3))
 def test_pieces_make_up_the_text_before_the_first_stop(written: str, stops: list[str]) -> None:
     row = TextSoFar(decode_bytes, stops)
     heard, stopped = "", False
@@ -43,6 +47,14 @@ def test_half_a_character_waits_for_its_other_half() -> None:
         row.push(byte)
         pieces.append(row.fresh())
     assert pieces == ["a", "", "", "日", "b"]
+
+
+def test_half_a_character_is_no_stop() -> None:
+    row = TextSoFar(decode_bytes, [HALF])
+    assert [row.push(byte) for byte in "日b".encode()] == [False] * 4
+    assert row.text == "日b"
+    assert row.push(0xFF) is False and row.push(ord("c")) is True  # a broken byte in the midst of the text
+    assert row.text == "日b"
 
 
 def test_what_may_begin_a_stop_string_waits() -> None:

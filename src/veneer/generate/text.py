@@ -27,7 +27,8 @@ class TextSoFar:
         """Takes one more token; True when a stop string is complete, and ``text`` then ends before it."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        found = [text.find(stop) for stop in self._stops]
+        whole = text.rstrip(_HALF)  # half a character is no stop
+        found = [whole.find(stop) for stop in self._stops]
         first = min((place for place in found if place >= 0), default=-1)
         self.stopped = first >= 0
         self.text = text[:first] if self.stopped else text
