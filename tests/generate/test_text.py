@@ -53,7 +53,8 @@ def test_half_a_character_is_no_stop() -> None:
     row = TextSoFar(decode_bytes, [HALF])
     assert [row.push(byte) for byte in "日b".encode()] == [False] * 4
     assert row.text == "日b"
-    assert row.push(0xFF) is False and row.push(ord("c")) is True  # a broken byte in the midst of the text
+    assert row.push(0xFF) is False  # a broken byte
+    assert row.push(ord("c")) is True  # is one when something follows
     assert row.text == "日b"
 
 

@@ -2,7 +2,7 @@
 // attention over the cache, gated MLP. One parallel region holds the step, so that a token costs little more than
 // reading the weights. What is computed, and where it is rounded, is what the layers' own operations do one by one.
 
-#include "bf16_512.h"
+#include "panels.h"
 
 #include <omp.h>
 
@@ -200,6 +200,34 @@ inline void dots(const T* x, i64 ldx, const T* w, i64 depth, Low<T> low, float* 
 }
 #endif
 
+#ifdef HAS_TILES
+// The rows of w are the left side, as they lie: the sums come turned. Row after row they are summed in the same order.
+template <class Finish>
+void tile_product(const bf16* x, i64 ldx, i64 rows, const bf16* w, i64 begin, i64 end, i64 depth, Low<bf16> low,
+                  const Finish& finish) {
+    Products s{{{w, x, depth, ldx, depth, 1}, {low.b, low.h, low.rank, low.rank, low.rank, 1}}, 2, end, rows, 0, {}, {}};
+    Tiles tiles;
+    multiply(s, {0, up_to(rows, WIDTH) / WIDTH, begin, end}, tiles,
+             [&](const float* sums, i64 n, i64 outs, i64 m, i64 columns) {
+                 for (i64 i = 0; i < outs; i += SIDE)
+                     for (i64 j = 0; j < columns; j += SIDE) {
+                         __m512i turned[16];
+                         for (i64 k = 0; k < SIDE; k++)
+                             turned[k] = _mm512_load_si512(sums + (i + k) * WIDTH + j);
+                         transpose(turned);
+                         for (i64 k = 0; k < std::min(SIDE, columns - j); k++) {
+                             alignas(64) float row[SIDE];
+                             _mm512_store_si512(row, turned[k]);
+                             if (outs - i >= SIDE) finish(m + j + k, n + i, row, Count<1>(), Count<int(SIDE)>());
+                             else
+                                 for (i64 o = 0; o < outs - i; o++)
+                                     finish(m + j + k, n + i + o, row + o, Count<1>(), Count<1>());
+                         }
+                     }
+             });
+}
+#endif
+
 // finish(m, n, sums, M, N) with the sums of rows m .. m + M of x and n .. n + N of w, for the M rows of x from `m` on
 // and the rows of w from `begin` to `end`.
 template <int M, int N, class T, class Finish>
@@ -222,6 +250,11 @@ constexpr i64 BLOCK = 32;  // rows of w that stay in the cache while all rows of
 template <class T, class Finish>
 inline void product(const T* x, i64 ldx, i64 rows, const T* w, i64 begin, i64 end, i64 depth, const Finish& finish,
                     Low<T> low = {}) {
+#ifdef HAS_TILES
+    if constexpr (sizeof(T) == 2)
+        if (depth % 2 == 0 && low.rank % 2 == 0)
+            return tile_product(x, ldx, rows, w, begin, end, depth, low, finish);
+#endif
 #ifdef HAS_VECTORS
     if constexpr (WIDENS<T>)
         if (rows >= 4) return wide_product(x, ldx, rows, w, begin, end, depth, low, finish);

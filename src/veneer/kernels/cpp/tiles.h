@@ -9,6 +9,9 @@
 
 constexpr i64 SIDE = 16, DEEP = 32;  // rows and columns of a tile of sums; the depth of a tile on either side
 
+// All that was written lies in memory: compilers do not know what instructions with tiles read.
+inline void settle(const void* at = nullptr) { __asm__ volatile("" : : "r"(at) : "memory"); }
+
 // The tiles of a thread, as long as this lives: 0 to 3 are sums, 4 and 5 are left sides, 6 and 7 right ones; tiles 2, 3
 // and 5 belong to the second 16 of up to 32 rows.
 class Tiles {
@@ -30,13 +33,15 @@ public:
         const i64 top = std::min(SIDE, rows), rest = std::max<i64>(1, rows - SIDE);
         const i64 of_tile[] = {top, top, rest, rest, top, rest, SIDE, SIDE};
         for (int i = 0; i < 8; i++) shape.rows[i] = std::uint8_t(of_tile[i]), shape.bytes[i] = 64;
+        settle(&shape);
         _tile_loadconfig(&shape);
     }
 };
 
-// C's tiles, M of rows by N of columns.
+// The sums, M tiles of rows by N of columns; first of all.
 template <int M, int N>
 inline void clear() {
+    settle();
     _tile_zero(0);
     if (N > 1) _tile_zero(1);
     if (M > 1) _tile_zero(2);
@@ -44,6 +49,7 @@ inline void clear() {
 }
 template <int M, int N>
 inline void load(const float* c, i64 c_row) {
+    settle();
     _tile_loadd(0, c, 4 * c_row);
     if (N > 1) _tile_loadd(1, c + SIDE, 4 * c_row);
     if (M > 1) _tile_loadd(2, c + SIDE * c_row, 4 * c_row);
