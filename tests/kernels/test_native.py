@@ -181,13 +181,36 @@ class TestTheSameNumbers:
             out = document_attention(*leaves, lengths, 0.35, window=window, prefix=prefix)
             return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
+        found = both(monkeypatch, compute)
+        for got, want in found:
+            if want.any():
+                assert_near(got, want, 2 * ROUNDING[dtype])
+            else:  # the weight of a single key is one whatever its score: no gradient but what rounding leaves
+                assert window == 1
+                assert got.abs().max() <= ROUNDING[dtype] * 1e-2
+
+    @pytest.mark.parametrize("prefix", [0, 100])
+    @pytest.mark.parametrize("window", [None, 600])
+    def test_attention_of_more_keys_than_are_taken_at_once(
+        self, dtype: torch.dtype, window: int | None, prefix: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lengths = (100, 1200, 513)  # the second is split by heads
+        q, k, v = (torch.randn(heads, sum(lengths), 32).to(dtype) for heads in (6, 2, 2))
+        q[:, 500:] *= 4  # later keys have larger scores
+        dout = torch.randn(sum(lengths), 6, 32).to(dtype).transpose(0, 1)
+
+        def compute() -> list[Tensor]:
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            out = document_attention(*leaves, lengths, 0.2, window=window, prefix=prefix)
+            return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
         for got, want in both(monkeypatch, compute):
             assert_near(got, want, 2 * ROUNDING[dtype])
 
 
 @needs_native
 def test_attention_gives_the_same_bits_on_any_number_of_threads() -> None:
-    lengths = (30, 200, 7, 90)
+    lengths = (30, 200, 7, 90, 1100)
     q, k, v = (torch.randn(heads, sum(lengths), 32).to(BF16).requires_grad_() for heads in (6, 2, 2))
     found = []
     before = torch.get_num_threads()

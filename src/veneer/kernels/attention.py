@@ -10,6 +10,10 @@ Kept for the backward: q, k and v in their own dtype, nothing of the scores' siz
     P  = softmax(S)                        computed again, tile by tile
     dS = P * (dP - rowsum(dP * P))         with dP = dO V^T
 
+Native code also keeps the output, which the output projection keeps as well, and the logarithm of each query's sum of
+exponentials: then ``P = exp(S - lse)`` and ``rowsum(dP * P) = dO . O`` need no whole row of scores, and keys are taken
+512 at a time (Dao et al. 2022).
+
 Documents that begin with the same tokens (one system prompt) may share them: the beginning then stands in the row once,
 as its first document, and the others read its keys and values before their own. The result is the same, since under a
 causal mask a beginning does not know what follows it; its gradient is the sum over all who read it.
@@ -199,12 +203,23 @@ def _native_takes(q: Tensor, k: Tensor, v: Tensor, scaling: float, *special: obj
 
 
 def _native_grads(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, documents: int, prefix: int, shape: tuple[int | float | Tensor, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    documents: int,
+    prefix: int,
+    shape: tuple[int | float | Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dQ, dK, dV``; of a shared beginning the native code gives the last two by document."""
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     shared = k.new_empty(2, len(k), documents, prefix, k.shape[2], dtype=torch.float32)
-    native.call("attention_back", q, k, v, dout, dq, dk, dv, *shared, *shape)
+    if dout.stride(2) != 1:
+        dout = dout.contiguous()
+    steps = dout.stride(1), dout.stride(0)
+    native.call("attention_back", q, k, v, out, lse, dout, *steps, dq, dk, dv, *shared, *shape)
     if prefix:
         dk[:, :prefix], dv[:, :prefix] = shared.sum(2)
     return dq, dk, dv
@@ -225,13 +240,17 @@ class _DocumentAttention(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> Tensor:
         ctx.arguments = (lengths, scaling, window, softcap, prefix)
-        ctx.save_for_backward(q, k, v, sinks)
-        heads, _, size = q.shape
+        heads, length, size = q.shape
         groups = heads // k.shape[0]
-        out = q.new_empty(*q.shape[:2], v.shape[2])
         if _native_takes(q, k, v, scaling, softcap, sinks):
-            native.call("attention", q, k, v, out, *_native_shape(q, k, lengths, scaling, window, prefix))
+            # By positions, as the output projection reads it, whose kept input it then is.
+            out = q.new_empty_strided((heads, length, size), (size, heads * size, 1))
+            lse = q.new_empty(heads, length, dtype=torch.float32)
+            native.call("attention", q, k, v, out, lse, *_native_shape(q, k, lengths, scaling, window, prefix))
+            ctx.save_for_backward(q, k, v, None, out, lse)
             return out
+        ctx.save_for_backward(q, k, v, sinks, None, None)
+        out = q.new_empty(heads, length, v.shape[2])
         for row, end, first, shared in _tiles(lengths, window, prefix):
             qt = q[:, row:end].reshape(-1, groups * (end - row), size)
             kt, vt = _keys(k, first, end, shared), _keys(v, first, end, shared)
@@ -242,11 +261,11 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         lengths, scaling, window, softcap, prefix = ctx.arguments
-        if _native_takes(q, k, v, scaling, softcap, sinks):
+        if out is not None:
             shape = _native_shape(q, k, lengths, scaling, window, prefix)
-            grads = _native_grads(q, k, v, dout.contiguous(), len(lengths), prefix, shape)
+            grads = _native_grads(q, k, v, out, lse, dout, len(lengths), prefix, shape)
             return *grads, None, None, None, None, None, None
         heads, _, size = q.shape
         groups = heads // k.shape[0]

@@ -28,6 +28,14 @@ using Pairs = __m512bh;
 static inline Pairs pairs_of(__m512i x) { return (__m512bh)x; }
 static inline __m512 dot(__m512 sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
 static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+static inline __m512i in_pairs(__m512i halves) {  // numbers n and n + 16 become neighbours
+    constexpr int STEP = 0x10001, FIRST = 16 << 16;
+    const __m512i order = _mm512_setr_epi32(
+        FIRST, FIRST + STEP, FIRST + 2 * STEP, FIRST + 3 * STEP, FIRST + 4 * STEP, FIRST + 5 * STEP, FIRST + 6 * STEP,
+        FIRST + 7 * STEP, FIRST + 8 * STEP, FIRST + 9 * STEP, FIRST + 10 * STEP, FIRST + 11 * STEP, FIRST + 12 * STEP,
+        FIRST + 13 * STEP, FIRST + 14 * STEP, FIRST + 15 * STEP);
+    return _mm512_permutexvar_epi16(order, halves);
+}
 #else
 constexpr bool HAS_PAIRS = false;
 struct Pairs {
@@ -61,6 +69,15 @@ static inline __m512 exp_(__m512 x) {  // as that of one number
     for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
         p = _mm512_fmadd_ps(p, r, all(next));
     p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), all(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 exp2_(__m512 x) {  // 2^x to about a unit in the last place; a NaN stays one
+    auto all = [](float value) { return _mm512_set1_ps(value); };
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 p = all(1.32764521e-3f);  // within 2^-23.6 of 2^r
+    for (float next : {9.67554132e-3f, 5.55071327e-2f, 2.40221197e-1f, 6.93146970e-1f, 1.00000007f})
+        p = _mm512_fmadd_ps(p, r, all(next));
     return _mm512_scalef_ps(p, n);
 }
 #endif
