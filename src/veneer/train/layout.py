@@ -32,8 +32,8 @@ class Layout:
         micro_batch_tokens: capacity of a packed micro-batch; a longer row gets one of its own.
         micro_batch_rows: rows of a padded micro-batch.
         pad_id: the token that fills a padded row up; it is masked by length, so any id will do.
-        share_prefix: a beginning that all rows of a packed micro-batch have in common is computed once. Not with
-            dropout or noise, which each row draws for itself.
+        share_prefix: a beginning that all rows of a packed micro-batch have in common is computed once, under
+            one draw of dropout. Not with noise, which each row draws for itself.
     """
 
     packing: bool

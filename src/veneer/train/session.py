@@ -262,9 +262,7 @@ class Session:
             or default_micro_batch_tokens(train.max_length, self.base.device),
             micro_batch_rows=train.per_device_train_batch_size,
             pad_id=pad_id_of(self.base.tokenizer) if self.classes is None else pad_id_of_classifier(self.base.module),
-            share_prefix=packing
-            and train.neftune_noise_alpha is None
-            and not any(config.lora_dropout for config in self.adapted.configs.values()),
+            share_prefix=packing and train.neftune_noise_alpha is None,
         )
 
     @cached_property
