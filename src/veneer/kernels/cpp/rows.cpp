@@ -142,35 +142,77 @@ static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float s
         dropped<T, false>(x, out, count, seed, threshold, scale, begin, threads);
 }
 
+// How a number, or a vector of them, is read, rounded to a type, and written.
+struct One {
+    template <class T> float from(const T* x) const { return get(*x); }
+    template <class T> float round(float x, const T*) const { return rounded<T>(x); }
+    template <class T> void to(T* place, float x) const { put(*place, x); }
+};
+#ifdef HAS_VECTORS
+struct Vector {
+    __mmask16 there = 0xffff;
+    __m512 from(const bf16* x) const { return widened(_mm256_maskz_loadu_epi16(there, x)); }
+    __m512 from(const float* x) const { return _mm512_maskz_loadu_ps(there, x); }
+    __m512 round(__m512 x, const bf16*) const { return widened(narrow(x)); }
+    void to(bf16* place, __m512 x) const { _mm256_mask_storeu_epi16(place, there, narrow(x)); }
+    void to(float* place, __m512 x) const { _mm512_mask_storeu_ps(place, there, x); }
+};
+#endif
+
+// Calls each(place, how) for the numbers of a row: in bfloat16 by vectors, else the compiler makes them.
+template <class T, class Each>
+static inline void along(i64 count, const Each& each) {
+#ifdef HAS_VECTORS
+    if constexpr (sizeof(T) == 2) {
+        i64 j = 0;
+        for (; j + LANES <= count; j += LANES) each(j, Vector{});
+        if (j < count) each(j, Vector{first(count - j)});
+        return;
+    }
+#endif
+#pragma omp simd
+    for (i64 j = 0; j < count; j++) each(j, One{});
+}
+
 // ---- a factor for each column --------------------------------------------------------------------------------------
 
-// out = dy (1 + less_one), perhaps in place, and sums = the columns' sums of dy z. A thread has whole columns, so that
-// their sums do not depend on the number of threads.
+// The columns' sums of N things: run(begin, end, parts) adds those of some rows to parts [N, width]. Runs are summed up in
+// their order, so that sums do not depend on the number of threads.
+template <std::size_t N, class Run>
+static void column_sums(i64 rows, i64 width, float* const (&sums)[N], int threads, const Run& run) {
+    constexpr i64 ROWS = 64, COLUMNS = 256;
+    const i64 runs = (rows + ROWS - 1) / ROWS;
+    std::vector<float> parts(std::size_t(runs * width) * N);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (i64 r = 0; r < runs; r++)
+            run(r * ROWS, std::min((r + 1) * ROWS, rows), parts.data() + r * i64(N) * width);
+#pragma omp for schedule(static) collapse(2)
+        for (std::size_t n = 0; n < N; n++)
+            for (i64 begin = 0; begin < width; begin += COLUMNS) {
+                const i64 end = std::min(begin + COLUMNS, width);
+                std::fill(sums[n] + begin, sums[n] + end, 0.0f);
+                for (i64 r = 0; r < runs; r++) {
+                    const float* part = parts.data() + (r * i64(N) + i64(n)) * width;
+                    for (i64 j = begin; j < end; j++) sums[n][j] += part[j];
+                }
+            }
+    }
+}
+
+// out = dy (1 + less_one), perhaps in place, and sums = the columns' sums of dy z.
 template <class T>
 static void scale_back(const T* dy, const T* z, const T* less_one, T* out, float* sums, i64 rows, i64 width,
                        int threads) {
-    constexpr i64 SPAN = 96, RUN = 64;  // columns of a job, rows that are summed up by themselves
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 first = 0; first < width; first += SPAN) {
-        const i64 count = width - first < SPAN ? width - first : SPAN;
-        float scale[SPAN], part[SPAN], total[SPAN] = {};
-        for (i64 j = 0; j < count; j++) scale[j] = get(less_one[first + j]);
-        for (i64 start = 0; start < rows; start += RUN) {
-            for (i64 j = 0; j < count; j++) part[j] = 0.0f;
-            for (i64 t = start; t < (start + RUN < rows ? start + RUN : rows); t++) {
-                const T *up = dy + t * width + first, *in = z + t * width + first;
-                T* to = out + t * width + first;
-#pragma omp simd
-                for (i64 j = 0; j < count; j++) {
-                    float d = get(up[j]);
-                    part[j] = fma_(d, get(in[j]), part[j]);
-                    put(to[j], fma_(d, scale[j], d));
-                }
-            }
-            for (i64 j = 0; j < count; j++) total[j] += part[j];
-        }
-        for (i64 j = 0; j < count; j++) sums[first + j] = total[j];
-    }
+    column_sums(rows, width, {sums}, threads, [=](i64 begin, i64 end, float* part) {
+        for (i64 at = begin * width; at < end * width; at += width)
+            along<T>(width, [=](i64 j, auto some) {
+                auto d = some.from(dy + at + j);
+                some.to(part + j, fma_(d, some.from(z + at + j), some.from(part + j)));
+                some.to(out + at + j, fma_(d, some.from(less_one + j), d));
+            });
+    });
 }
 
 // ---- rotation of heads ---------------------------------------------------------------------------------------------
@@ -266,38 +308,6 @@ struct GeluTanh {
     }
 };
 
-// How a number, or a vector of them, is read, rounded to a type, and written.
-struct One {
-    template <class T> float from(const T* x) const { return get(*x); }
-    template <class T> float round(float x, const T*) const { return rounded<T>(x); }
-    template <class T> void to(T* place, float x) const { put(*place, x); }
-};
-#ifdef HAS_VECTORS
-struct Vector {
-    __mmask16 there = 0xffff;
-    __m512 from(const bf16* x) const { return widened(_mm256_maskz_loadu_epi16(there, x)); }
-    __m512 from(const float* x) const { return _mm512_maskz_loadu_ps(there, x); }
-    __m512 round(__m512 x, const bf16*) const { return widened(narrow(x)); }
-    void to(bf16* place, __m512 x) const { _mm256_mask_storeu_epi16(place, there, narrow(x)); }
-    void to(float* place, __m512 x) const { _mm512_mask_storeu_ps(place, there, x); }
-};
-#endif
-
-// Calls each(place, how) for the numbers of a row: in bfloat16 by vectors, else the compiler makes them.
-template <class T, class Each>
-static inline void along(i64 count, const Each& each) {
-#ifdef HAS_VECTORS
-    if constexpr (sizeof(T) == 2) {
-        i64 j = 0;
-        for (; j + LANES <= count; j += LANES) each(j, Vector{});
-        if (j < count) each(j, Vector{first(count - j)});
-        return;
-    }
-#endif
-#pragma omp simd
-    for (i64 j = 0; j < count; j++) each(j, One{});
-}
-
 // m = act(e) g; given dm as well, it becomes de in place, dg is written, and m is written to `again`.
 template <class T, class ACT>
 static void gate(const T* e, const T* g, T* m, T* dg, T* again, i64 count, i64 back, int threads) {
@@ -341,37 +351,27 @@ static void scaled_gate(const T* e, const T* g, const T* ke, const T* kg, T* m, 
 }
 
 // dm becomes de in place, dg and m are written, and the columns' sums of the gradients by what was scaled: those of the
-// scales. A thread has whole columns, so that their sums do not depend on the number of threads.
+// scales.
 template <class T, class ACT>
 static void scaled_gate_back(const T* e, const T* g, const T* ke, const T* kg, T* dm, T* dg, T* again, float* e_sums,
                              float* g_sums, i64 rows, i64 width, int threads) {
-    constexpr i64 SPAN = 96, RUN = 64;  // columns of a job, rows that are summed up by themselves
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 first = 0; first < width; first += SPAN) {
-        const i64 count = width - first < SPAN ? width - first : SPAN;
-        float e_part[SPAN], g_part[SPAN], e_total[SPAN] = {}, g_total[SPAN] = {};
-        for (i64 start = 0; start < rows; start += RUN) {
-            for (i64 j = 0; j < count; j++) e_part[j] = g_part[j] = 0.0f;
-            for (i64 t = start; t < (start + RUN < rows ? start + RUN : rows); t++) {
-                const i64 at = t * width + first;
-                along<T>(count, [&](i64 j, auto some) {
-                    auto up = some.from(dm + at + j), own = some.from(e + at + j), gain = some.from(g + at + j);
-                    auto a = some.from(ke + first + j), b = some.from(kg + first + j), value = own;
-                    auto slope = ACT::of(some.round(fma_(own, a, own), e), value);
-                    auto scaled = some.round(fma_(gain, b, gain), e);
-                    value = some.round(value, e);
-                    auto dy = some.round(value * up, e), dx = some.round(some.round(up * scaled, e) * slope, e);
-                    some.to(e_part + j, fma_(dx, own, some.from(e_part + j)));
-                    some.to(g_part + j, fma_(dy, gain, some.from(g_part + j)));
-                    some.to(dm + at + j, fma_(dx, a, dx));
-                    some.to(dg + at + j, fma_(dy, b, dy));
-                    some.to(again + at + j, value * scaled);
-                });
-            }
-            for (i64 j = 0; j < count; j++) e_total[j] += e_part[j], g_total[j] += g_part[j];
-        }
-        for (i64 j = 0; j < count; j++) e_sums[first + j] = e_total[j], g_sums[first + j] = g_total[j];
-    }
+    column_sums(rows, width, {e_sums, g_sums}, threads, [=](i64 begin, i64 end, float* e_part) {
+        float* const g_part = e_part + width;
+        for (i64 at = begin * width; at < end * width; at += width)
+            along<T>(width, [=](i64 j, auto some) {
+                auto up = some.from(dm + at + j), own = some.from(e + at + j), gain = some.from(g + at + j);
+                auto a = some.from(ke + j), b = some.from(kg + j), value = own;
+                auto slope = ACT::of(some.round(fma_(own, a, own), e), value);
+                auto scaled = some.round(fma_(gain, b, gain), e);
+                value = some.round(value, e);
+                auto dy = some.round(value * up, e), dx = some.round(some.round(up * scaled, e) * slope, e);
+                some.to(e_part + j, fma_(dx, own, some.from(e_part + j)));
+                some.to(g_part + j, fma_(dy, gain, some.from(g_part + j)));
+                some.to(dm + at + j, fma_(dx, a, dx));
+                some.to(dg + at + j, fma_(dy, b, dy));
+                some.to(again + at + j, value * scaled);
+            });
+    });
 }
 
 // ---- weights in 4-bit codes ----------------------------------------------------------------------------------------
