@@ -10,6 +10,7 @@ from veneer.kernels import native
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.gated_mlp import LowRankLinear, gated_mlp, gated_mlp_reference
 from veneer.kernels.lora_linear import lora_linear, lora_linear_reference
+from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
 from veneer.kernels.qkv_rope import qkv_rope, qkv_rope_reference
 
 BF16, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
@@ -19,21 +20,23 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=native.descri
 def hashed(index: int, seed: int) -> int:
     """The hash in plain whole numbers."""
 
-    def mixed(h: int) -> int:
-        h = ((h ^ (h >> 16)) * 0x7FEB352D) % 2**32
-        h = ((h ^ (h >> 15)) * 0x846CA68B) % 2**32
-        return h ^ (h >> 16)
-
-    counter = index // 512 * 256 + index % 256
-    h = mixed((mixed(counter % 2**32 ^ seed % 2**32 ^ counter >> 32) + (seed >> 32)) % 2**32)
-    return h % 2**16 if index % 512 < 256 else h >> 16
+    key = (seed + 0x9E3779B97F4A7C15) % 2**64
+    key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    key = ((key ^ key >> 27) * 0x94D049BB133111EB) % 2**64
+    key = (key ^ key >> 31) >> 1
+    h = (index // 2 ^ key) % 2**32
+    h = (h ^ h >> 16) * 0x7FEB352D % 2**32
+    h ^= ((index >> 33) * 0x9E3779B9 + (key >> 32)) % 2**32
+    h = (h ^ h >> 15) * 0x846CA68B % 2**32
+    h ^= h >> 16
+    return h >> 16 if index % 2 else h % 2**16
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**62 - 1])
 def test_the_mask_is_the_hash(seed: int) -> None:
     drop = Dropout(0.3, seed)
     assert drop.mask(1100).tolist() == [hashed(i, seed) >= round(0.3 * 2**16) for i in range(1100)]
-    far = 2**37 - 50  # where the counter's lower half begins anew
+    far = 2**33 * 5 - 51  # where the counter's lower half begins anew
     assert drop.mask(100, first=far).tolist() == [hashed(far + i, seed) >= round(0.3 * 2**16) for i in range(100)]
 
 
@@ -68,6 +71,33 @@ def test_native_code_gives_the_same_bits(dtype: torch.dtype, shape: tuple[int, .
     assert torch.equal(ours[0] != 0, kept)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "width", "rank"), [(32, 64, 8), (77, 96, 40), (300, 46, 24), (50, 2150, 72), (40, 33, 8)]
+)
+@pytest.mark.parametrize("before", [0, 5, 2**33 // 46 - 10])
+def test_a_mask_within_a_product_gives_the_bits_of_one_beside_it(
+    dtype: torch.dtype, threads: int, rows: int, width: int, rank: int, before: int
+) -> None:
+    drop, torch_threads = Dropout(0.2, 2**50 + 3).after(before), torch.get_num_threads()
+    x = torch.randn(rows, width + 4).to(dtype)[:, :width]  # its rows lie apart
+    dy, weight, bias = (torch.randn(s).to(dtype) for s in ((rows, 34), (34, width), (width,)))
+    p, sa = torch.randn(rows, rank).to(dtype), torch.randn(rank, width).to(dtype)
+    torch.set_num_threads(threads)
+    try:
+        masked = drop.of(x.contiguous())
+        assert torch.equal(sum_of_products(Turned(x, sa, drop)), sum_of_products(Turned(masked, sa)))
+        assert torch.equal(factor_grad(p, x, drop), factor_grad(p, masked))
+        out = torch.empty(rows, width + 2, dtype=dtype)[:, :width]
+        ours = sum_of_products(Plain(dy, weight), Plain(p, sa, drop), bias=bias, out=out)
+        beside = drop.add(sum_of_products(Plain(dy, weight), bias=bias), sum_of_products(Plain(p, sa)))
+        assert ours is out
+        assert torch.equal(ours, beside)
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_the_mask_is_fair_and_its_neighbours_and_seeds_are_independent(p: float) -> None:
     n = 200_000
@@ -76,7 +106,7 @@ def test_the_mask_is_fair_and_its_neighbours_and_seeds_are_independent(p: float)
     assert (masks.mean(1) - (1 - p)).abs().max() < 5 * spread
     centred = (masks - (1 - p)) / (p * (1 - p)) ** 0.5
     limit = 5 / n**0.5
-    for shift in (1, 2, 16, 64, 255, 256, 257, 512, 576, 1536):
+    for shift in (1, 2, 3, 4, 16, 31, 32, 64, 512, 576, 577, 1536, 3072):
         assert (centred[:, shift:] * centred[:, :-shift]).mean(1).abs().max() < limit
     correlation = centred @ centred.t() / n
     assert (correlation - torch.eye(4)).abs().fill_diagonal_(0).max() < limit

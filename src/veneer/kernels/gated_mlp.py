@@ -24,10 +24,8 @@ from veneer.kernels import native
 from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.lora_linear import (
-    input_grad,
     lora_linear_reference,
     low_rank_forward,
-    masked,
     row_scale_grads,
     scale_rows,
     scaled,
@@ -193,7 +191,7 @@ class _GatedMlp(torch.autograd.Function):
         kg, ku, kd = (None if r is None else (r - 1).to(x.dtype) for r in (rg, ru, rd))
         flat = x.reshape(-1, x.shape[-1])
         stacked, ad = torch.cat((scaled(Ag, sg, x.dtype), scaled(Au, su, x.dtype))), scaled(Ad, sd, x.dtype)
-        hh = sum_of_products(Turned(masked(flat, drops[0]), stacked))
+        hh = sum_of_products(Turned(flat, stacked, drops[0]))
         is_folded = _Scaled.takes(act, flat[:0], (kg, ku), (bg, bu))
         e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, None if is_folded else kg)
         g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, None if is_folded else ku)
@@ -232,25 +230,25 @@ class _GatedMlp(torch.autograd.Function):
         e, g = (z if k is None or b is None else z + b for z, k, b in zip((e0, g0), (kg, ku), ctx.biases))
         drop, drop_down = ctx.drops
         pd, dBd = sum_of_products(Plain(flat, bd)), factor_grad(hd, flat).t()
-        dm = input_grad(Plain(flat, wd), p=pd, sa=scaled(Ad, sd, dy.dtype), drop=drop_down)
+        dm = sum_of_products(Plain(flat, wd), Plain(pd, scaled(Ad, sd, dy.dtype), drop_down))
         if folded is None:
             de, dg, m = _gated_grads(ctx.act, e, g, dm)
             de, drg = row_scale_grads(de, e0, kg, in_place=True)
             dg, dru = row_scale_grads(dg, g0, ku, in_place=True)
         else:
             de, dg, m, drg, dru = folded.grads(e0, g0, dm)
-        dAd = factor_grad(pd, masked(m, drop_down)).mul_(sd) if ctx.needs_input_grad[18] else None
+        dAd = factor_grad(pd, m, drop_down).mul_(sd) if ctx.needs_input_grad[18] else None
         del m, dm, e, g
         # P of gate and up side by side: one read of x for both dA, one product with stacked A for dx.
         pp = torch.empty_like(hh)
         sum_of_products(Plain(de, bg), out=pp[:, :rank])
         sum_of_products(Plain(dg, bu), out=pp[:, rank:])
-        dAA = factor_grad(pp, masked(source.again(), drop)) if ctx.trains_a else None
+        dAA = factor_grad(pp, source.again(), drop) if ctx.trains_a else None
         dBg, dBu = factor_grad(hh[:, :rank], de).t(), factor_grad(hh[:, rank:], dg).t()
         dx = None
         if ctx.needs_input_grad[0]:
             sa = torch.cat((scaled(Ag, sg, dy.dtype), scaled(Au, su, dy.dtype)))
-            dx = input_grad(Plain(de, wg), Plain(dg, wu), p=pp, sa=sa, drop=drop)
+            dx = sum_of_products(Plain(de, wg), Plain(dg, wu), Plain(pp, sa, drop))
             dx = dx.view(ctx.shape)
         dAg, dAu = (None, None) if dAA is None else (dAA[:rank].mul_(sg), dAA[rank:].mul_(su))
         grads = (dAg, dBg, dAu, dBu, dAd, dBd)

@@ -124,31 +124,19 @@ def low_rank_forward(
     x: Tensor, weight: Weight, bias: Tensor | None, sa: Tensor, b: Tensor, drop: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(y [T, out], h [T, r])`` for flat ``x [T, in]`` and ``s A``; every operand in ``x``'s dtype."""
-    h = sum_of_products(Turned(masked(x, drop), sa))
+    h = sum_of_products(Turned(x, sa, drop))
     return sum_of_products(Turned(x, weight), Turned(h, b), bias=bias), h
 
 
 def low_rank_grads(
-    dy: Tensor, x: Tensor | None, h: Tensor, b: Tensor, s: float
+    dy: Tensor, x: Tensor | None, h: Tensor, b: Tensor, s: float, drop: Dropout | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(P [T, r], dA [r, in], dB [out, r])`` for ``dy [T, out]``; ``P = dY B`` serves both dA and dx.
 
-    ``x`` is what A saw. Without it there is no dA: A is frozen.
+    Without ``x`` there is no dA: A is frozen.
     """
     p = sum_of_products(Plain(dy, b))
-    return p, None if x is None else factor_grad(p, x).mul_(s), factor_grad(h, dy).t()
-
-
-def masked(x: Tensor, drop: Dropout | None) -> Tensor:
-    """What A sees of ``x``."""
-    return x if drop is None else drop.of(x)
-
-
-def input_grad(*parts: Plain, p: Tensor, sa: Tensor, drop: Dropout | None, out: Tensor | None = None) -> Tensor:
-    """The sum of the products, and ``D P (s A)``: ``[T, in]``, written over ``out`` where that is given."""
-    if drop is None:
-        return sum_of_products(*parts, Plain(p, sa), out=out)
-    return drop.add(sum_of_products(*parts, out=out), sum_of_products(Plain(p, sa)))
+    return p, None if x is None else factor_grad(p, x, drop).mul_(s), factor_grad(h, dy).t()
 
 
 def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -208,10 +196,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, other, norm, h, A, B = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
         x = None if rows is None else Kept(rows, other, norm, *ctx.norm).again()
-        p, da, db = low_rank_grads(dy, None if x is None else masked(x, ctx.drop), h, B.to(dy.dtype), ctx.scaling)
+        p, da, db = low_rank_grads(dy, x, h, B.to(dy.dtype), ctx.scaling, ctx.drop)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = input_grad(Plain(dy, ctx.weight), p=p, sa=scaled(A, ctx.scaling, dy.dtype), drop=ctx.drop)
+            dx = sum_of_products(Plain(dy, ctx.weight), Plain(p, scaled(A, ctx.scaling, dy.dtype), ctx.drop))
             dx = dx.view(ctx.shape)
         da = None if da is None else da.to(A.dtype)
         return dx, None, None, da, db.to(B.dtype), None, None, None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.kernels import native
+from veneer.kernels.dropout import Dropout
 
 _MOST = 8  # products of one sum in native code
 _LEAST_ROWS = 32  # with fewer, laying out the weight costs more than it saves
@@ -65,6 +66,7 @@ class Turned(NamedTuple):
 
     rows: Tensor
     weight: Weight
+    drop: Dropout | None = None  # on the rows; in the only product of a sum
 
 
 class Plain(NamedTuple):
@@ -72,6 +74,7 @@ class Plain(NamedTuple):
 
     rows: Tensor
     weight: Weight
+    drop: Dropout | None = None  # on what it comes to, which is rounded before; in the last product of several
 
 
 class _Product(ctypes.Structure):
@@ -81,11 +84,17 @@ class _Product(ctypes.Structure):
     )
 
 
+class _Drop(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_int64) for name in ("key", "threshold", "begin")), ("scale", ctypes.c_float))
+
+
 class _Sum(ctypes.Structure):
     _fields_ = (
         ("products", _Product * _MOST),
         *((name, ctypes.c_int64) for name in ("count", "rows", "columns", "out_row")),
         *((name, ctypes.c_void_p) for name in ("bias", "out")),
+        ("dropped", ctypes.c_int64),
+        ("drop", _Drop),
     )
 
 
@@ -100,12 +109,17 @@ def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Ten
         parts = tuple(part for part in parts if part.rows.shape[1]) or parts[:1]  # an update may have no rank
     if (plain := _for_native(parts, bias)) is not None:
         return _native_sum(plain, bias, out)
+    if (drop := parts[-1].drop) is not None:
+        *others, last = parts
+        if isinstance(last, Turned):
+            return sum_of_products(Turned(drop.of(last.rows), last.weight), bias=bias, out=out)
+        return drop.add(sum_of_products(*others, bias=bias, out=out), sum_of_products(Plain(last.rows, last.weight)))
     # The last product is the narrow one of an update: the wide ones are added to it before they are rounded.
     y = _product(parts[-1], bias if len(parts) == 1 else None, out)
     if bias is not None and len(parts) > 1:
         y += bias
     for part in reversed(parts[:-1]):
-        rows, weight = part
+        rows, weight, _ = part
         turned = isinstance(part, Turned)
         if isinstance(weight, Tensor):
             y.addmm_(rows, weight.t() if turned else weight)
@@ -116,7 +130,7 @@ def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Ten
 
 def _product(part: Turned | Plain, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """PyTorch's, perhaps in ``out``."""
-    rows, weight = part
+    rows, weight, _ = part
     if isinstance(part, Turned):
         return F.linear(rows, weight, bias) if isinstance(weight, Tensor) else weight.linear(rows, bias)
     if isinstance(weight, Tensor):
@@ -124,13 +138,19 @@ def _product(part: Turned | Plain, bias: Tensor | None = None, out: Tensor | Non
     return weight.grad_input(rows)
 
 
-def factor_grad(p: Tensor, x: Tensor) -> Tensor:
-    """``P^T X [r, n]`` of ``P [T, r]`` and ``X [T, n]``, in float32 or in their dtype; outside of autograd."""
-    if p.numel() and _are_rows(p, x) and native.can_take(p[:0], x[:0], function="outer"):
+def factor_grad(p: Tensor, x: Tensor, drop: Dropout | None = None) -> Tensor:
+    """``P^T D X [r, n]`` of ``P [T, r]`` and ``X [T, n]``, in float32 or in their dtype; outside of autograd."""
+    function = "outer"
+    if drop is not None:
+        function = "outer_dropped"
+        if not drop.is_even(*x.shape) or not native.can_take(x[:0], function=function):
+            return factor_grad(p, drop.of(x))
+    if p.numel() and _are_rows(p, x) and native.can_take(p[:0], x[:0], function=function):
         out = x.new_empty(p.shape[1], x.shape[1], dtype=torch.float32)
-        native.call("outer", p, p.stride(0), x, x.stride(0), out, len(x), *out.shape)
+        mask = () if drop is None else drop.arguments(x.shape[1])
+        native.call(function, p, p.stride(0), x, x.stride(0), out, len(x), *out.shape, *mask)
         return out
-    return p.t() @ x
+    return p.t() @ (x if drop is None else drop.of(x))
 
 
 def _for_native(parts: tuple[Turned | Plain, ...], bias: Tensor | None) -> list[Turned | Plain] | None:
@@ -138,7 +158,11 @@ def _for_native(parts: tuple[Turned | Plain, ...], bias: Tensor | None) -> list[
     first = parts[0].rows
     if len(parts) > _MOST or len(first) < _LEAST_ROWS or not all(part.weight.shape.numel() for part in parts):
         return None
-    if not native.can_take(first[:0], *(() if bias is None else (bias,)), function="matmul"):
+    last = parts[-1]
+    function = "matmul" if last.drop is None else "matmul_dropped"
+    if last.drop is not None and not last.drop.is_even(len(first), _dropped_width(last)):
+        return None
+    if not native.can_take(first[:0], *(() if bias is None else (bias,)), function=function):
         return None
     found = []
     for part in parts:
@@ -165,9 +189,17 @@ def _native_sum(parts: Sequence[Turned | Plain], bias: Tensor | None, out: Tenso
         out = last.rows.new_empty(len(last.rows), last.weight.shape[0 if isinstance(last, Turned) else 1])
     said = _Sum(count=len(parts), rows=out.shape[0], columns=out.shape[1], out_row=out.stride(0), out=out.data_ptr())
     said.bias = None if bias is None else bias.data_ptr()
-    for place, (rows, weight) in enumerate(parts):
+    if last.drop is not None:
+        said.dropped = 1 if isinstance(last, Turned) else 2
+        said.drop = _Drop(*last.drop.arguments(_dropped_width(last)))
+    for place, (rows, weight, _) in enumerate(parts):
         assert isinstance(weight, Tensor)  # _for_native has seen to it
         pointers = rows.data_ptr(), weight.data_ptr(), rows.stride(0), weight.stride(0)
         said.products[place] = _Product(*pointers, rows.shape[1], isinstance(parts[place], Turned))
-    native.call_struct("matmul", out.dtype, said)
+    native.call_struct("matmul" if last.drop is None else "matmul_dropped", out.dtype, said)
     return out
+
+
+def _dropped_width(part: Turned | Plain) -> int:
+    """Of the rows that its mask is over."""
+    return part.rows.shape[1] if isinstance(part, Turned) else part.weight.shape[1]

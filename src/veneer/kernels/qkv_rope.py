@@ -25,9 +25,7 @@ from veneer.kernels.check import checked
 from veneer.kernels.dropout import Dropout
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.lora_linear import (
-    input_grad,
     lora_linear_reference,
-    masked,
     row_scale_grads,
     scale_rows,
     scaled,
@@ -120,7 +118,7 @@ class _QkvRope(torch.autograd.Function):
         stacked = torch.cat([scaled(A, s, x.dtype) for A, s in zip(As, scalings)])
         bs = [B.to(x.dtype) for B in Bs]
         less_one = [None if g is None else (g - 1).to(x.dtype) for g in scales]
-        hh = sum_of_products(Turned(masked(x, drop), stacked))
+        hh = sum_of_products(Turned(x, stacked, drop))
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
         normed: list[tuple[Tensor, Tensor] | tuple[None, None]] = []  # what a norm is of, and its rstd
@@ -176,13 +174,13 @@ class _QkvRope(torch.autograd.Function):
         dAs: list[Tensor | None] = [None] * 3
         if rows is not None:
             x = Kept(rows, other, norm, *ctx.norm).again()
-            dAA = torch.split(factor_grad(pp, masked(x, ctx.drop)), ranks)
+            dAA = torch.split(factor_grad(pp, x, ctx.drop), ranks)
             del x
             dAs = [dA.mul_(s) for dA, s in zip(dAA, ctx.scalings)]
         dx = None
         if ctx.needs_input_grad[0]:
             stacked = torch.cat([scaled(A, s, hh.dtype) for A, s in zip(As, ctx.scalings)])
-            dx = input_grad(*map(Plain, flats, ctx.weights), p=pp, sa=stacked, drop=ctx.drop).view(ctx.shape)
+            dx = sum_of_products(*map(Plain, flats, ctx.weights), Plain(pp, stacked, ctx.drop)).view(ctx.shape)
         cast = [None if t is None else t.to(master.dtype) for t, master in zip((*dAs, *dBs), (*As, *Bs))]
         operands = [t for i in range(3) for t in (None, None, cast[i], cast[3 + i], dgs[i])]
         return dx, None, None, None, None, None, None, *operands

@@ -102,8 +102,8 @@ def _gate(
 gate_silu, gate_gelu_tanh = functools.partial(_gate, "silu"), functools.partial(_gate, "gelu_tanh")
 
 
-def drop(x: Tensor, out: Tensor, count: int, seed: int, threshold: int, scale: float, add: int, begin: int) -> None:
-    arguments = (x, out, count, seed & 0xFFFFFFFF, seed >> 32, threshold, scale, begin)
+def drop(x: Tensor, out: Tensor, count: int, key: int, threshold: int, scale: float, add: int, begin: int) -> None:
+    arguments = (x, out, count, key & 0xFFFFFFFF, key >> 32, threshold, scale, begin)
     options = {"ADD": bool(add), "FLAT": FLAT, "enable_fp_fusion": False}
     _launch(_drop, (triton.cdiv(count, FLAT),), x.get_device(), *arguments, **options)
 
@@ -283,13 +283,6 @@ def _gate_kernel(
         tl.store(m + place, (value * gain).to(kind), mask=inside)
 
 
-@triton.jit  # type: ignore  # no types
-def _mixed(h: tl.tensor) -> tl.tensor:
-    h = (h ^ (h >> 16)) * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    return h ^ (h >> 16)
-
-
 @triton.jit(do_not_specialize=["low", "high", "threshold", "begin"])  # type: ignore  # no types
 def _drop(
     x: tl.tensor,
@@ -306,10 +299,13 @@ def _drop(
     place = tl.program_id(0).to(tl.int64) * FLAT + tl.arange(0, FLAT)
     inside = place < count
     number = place + begin
-    counter = (number >> 9 << 8) + (number & 255)
-    h = _mixed(counter.to(tl.uint32) ^ low.to(tl.uint32) ^ (counter >> 32).to(tl.uint32))
-    h = _mixed(h + high.to(tl.uint32))
-    stays = tl.where((number & 256) == 0, h & 0xFFFF, h >> 16) >= threshold.to(tl.uint32)
+    counter = number >> 1
+    h = counter.to(tl.uint32) ^ low.to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h ^= (counter >> 32).to(tl.uint32) * 0x9E3779B9 + high.to(tl.uint32)
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h ^= h >> 16
+    stays = tl.where((number & 1) == 0, h & 0xFFFF, h >> 16) >= threshold.to(tl.uint32)
     kind = out.dtype.element_ty
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.where(stays, (value * scale).to(kind).to(tl.float32), 0.0)

@@ -36,6 +36,7 @@ static inline __m512i in_pairs(__m512i halves) {  // numbers n and n + 16 become
         FIRST + 13 * STEP, FIRST + 14 * STEP, FIRST + 15 * STEP);
     return _mm512_permutexvar_epi16(order, halves);
 }
+static inline __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 #else
 constexpr bool HAS_PAIRS = false;
 struct Pairs {
@@ -51,8 +52,25 @@ static inline __m256i narrow(__m512 x) {  // to nearest, ties to even; a NaN sta
     near = _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16));
 }
+static inline __m512i narrow(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+}
 #endif
 static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// Pairs of these, rounded: the 32 numbers whose evens and odds they are.
+static inline __m512i paired(__m512 evens, __m512 odds) {
+    alignas(64) static constexpr auto order = [] {
+        std::array<std::uint16_t, 32> found{};
+        for (int i = 0; i < 32; i++) found[i] = std::uint16_t(i / 2 + i % 2 * 16);
+        return found;
+    }();
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order.data()), narrow(evens, odds));
+}
+
+static inline __m512i sum(__m512i a, __m512i b) {  // of 32 numbers and 32 others
+    return paired(_mm512_add_ps(evens(a), evens(b)), _mm512_add_ps(odds(a), odds(b)));
+}
 
 static inline __m512 fma_(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline __m512 inverse(__m512 x) {  // to about one unit in the last place

@@ -45,7 +45,7 @@ inline void lay_out_edge(const Products& s, i64 column, i64 columns, i64 edge, P
     std::fill(out, end, Pair(0));
 }
 
-// The edge of the left sides [rows, edge].
+// The edge of the left sides [rows, edge], with the mask over it where that is theirs.
 inline void gather_edge(const Products& s, i64 row, i64 end, i64 edge, bf16* out) {
     for (; row < end; row++, out += edge) {
         bf16* at = out;
@@ -53,14 +53,23 @@ inline void gather_edge(const Products& s, i64 row, i64 end, i64 edge, bf16* out
             const Product& p = s.products[i];
             at = std::copy_n(p.a + row * p.a_row + p.depth - edge_of(p), edge_of(p), at);
         }
+        if (s.dropped == ROWS_DROPPED)
+            drop_row({s.drop, s.drop.begin}, out, at - out,
+                     s.drop.begin + (row + 1) * s.products->depth - (at - out), out);
         std::fill(at, out + edge, bf16{0});
     }
 }
 
+// What else is done for each block: with the tiles before it, and by vectors at each step of it, while tiles are busy.
+struct Nothing {
+    void begin(i64, i64, i64) const {}
+    void step() const {}
+};
+
 // Sums of up to 32 rows and columns. Meanwhile `count` rows from `ahead` on come into the second cache.
-template <int M, int N>
+template <int M, int N, class Meanwhile>
 void block(const Run* runs, const Run* runs_end, i64 row, const Pair* panel, i64 column, const Between& to,
-           i64 ahead, i64 count, float* out) {
+           i64 ahead, i64 count, Meanwhile& meanwhile, float* out) {
     if (to.begins) clear<M, N>();
     else load<M, N>(to.sums + row * to.sums_row + column, to.sums_row);
     for (const Run* run = runs; run < runs_end; run++) {
@@ -69,6 +78,7 @@ void block(const Run* runs, const Run* runs_end, i64 row, const Pair* panel, i64
             for (i64 i = 0; i < count; i++)
                 _mm_prefetch((const char*)(next + i * run->a_row + DEEP * k), _MM_HINT_T1);
             add_product<M, N>(a + DEEP * k, run->a_row, panel, WIDTH);
+            meanwhile.step();
         }
     }
     if (to.ends) store<M, N>(out, WIDTH);
@@ -76,10 +86,10 @@ void block(const Run* runs, const Run* runs_end, i64 row, const Pair* panel, i64
 }
 
 // finish(sums [rows, 32], row, rows, column, columns) for every block of a part of the products' sum.
-template <class Finish>
-void multiply(const Products& s, const Part& part, Tiles& tiles, const Finish& finish) {
+template <class Finish, class Meanwhile = const Nothing>
+void multiply(const Products& s, const Part& part, Tiles& tiles, const Finish& finish, Meanwhile& meanwhile = {}) {
     alignas(64) float done[TALL * WIDTH];
-    static thread_local Room<Pair> for_panels, for_edges;
+    static thread_local Room<Pair> for_panels, for_edges, for_masked;
     static thread_local Room<float> for_sums;
     i64 whole = 0, edge = 0;
     for (i64 i = 0; i < s.count; i++) whole += whole_tiles(s.products[i]), edge += edge_of(s.products[i]);
@@ -115,17 +125,30 @@ void multiply(const Products& s, const Part& part, Tiles& tiles, const Finish& f
         for (i64 row = part.row; row < part.end; row += TALL) {
             const i64 rows = std::min(TALL, part.end - row);
             tiles.take(rows);
+            if (s.dropped == ROWS_DROPPED && whole) {
+                const Product& p = *s.products;
+                const Drops drops(s.drop, s.drop.begin);
+                bf16* const masked = (bf16*)for_masked.of(TALL * SLICE * DEEP / 2);
+                const i64 count = DEEP * (end - start), column = DEEP * start;
+                for (i64 i = 0; i < rows; i++)
+                    drop_row(drops, p.a + (row + i) * p.a_row + column, count,
+                             s.drop.begin + (row + i) * p.depth + column, masked + i * count);
+                *runs = {masked - row * count, count, end - start};
+            }
             for (i64 n = 0; n < part.panels; n++) {
                 const i64 column = part.column + n * WIDTH, columns = columns_of(column);
                 const i64 ahead = row + TALL + n * TALL / part.panels;
-                const i64 ahead_end = std::min(row + TALL + (n + 1) * TALL / part.panels, part.end);
+                const i64 ahead_end =
+                    s.dropped == ROWS_DROPPED ? 0 : std::min(row + TALL + (n + 1) * TALL / part.panels, part.end);
                 auto go = [&](auto function) {
-                    function(runs, runs_end, row, panels + n * of_panel, column, to, ahead, ahead_end - ahead, done);
+                    function(runs, runs_end, row, panels + n * of_panel, column, to, ahead, ahead_end - ahead,
+                             meanwhile, done);
                 };
-                if (rows > SIDE && columns > SIDE) go(block<2, 2>);
-                else if (rows > SIDE) go(block<2, 1>);
-                else if (columns > SIDE) go(block<1, 2>);
-                else go(block<1, 1>);
+                if (to.ends) meanwhile.begin(row, rows, column);
+                if (rows > SIDE && columns > SIDE) go(block<2, 2, Meanwhile>);
+                else if (rows > SIDE) go(block<2, 1, Meanwhile>);
+                else if (columns > SIDE) go(block<1, 2, Meanwhile>);
+                else go(block<1, 1, Meanwhile>);
                 if (to.ends) finish(done, row, rows, column, columns);
             }
         }

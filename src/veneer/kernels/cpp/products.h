@@ -1,7 +1,7 @@
 // What a sum of matrix products is told, and how right-hand sides are laid out in pairs.
 #pragma once
 
-#include "bf16_512.h"
+#include "dropout.h"
 
 #ifdef HAS_VECTORS
 struct Product {  // of A [rows, depth] with W [columns, depth] turned, or with W [depth, columns]; depth is even
@@ -11,11 +11,16 @@ struct Product {  // of A [rows, depth] with W [columns, depth] turned, or with 
 
 constexpr i64 MOST_PRODUCTS = 8;
 
+// What a mask is over: the left side of the only product, or what the last of several comes to, which is rounded before.
+enum Dropped : i64 { NONE_DROPPED, ROWS_DROPPED, LAST_DROPPED };
+
 struct Products {
     Product products[MOST_PRODUCTS];
     i64 count, rows, columns, out_row;
     const bf16* bias;  // or null
     bf16* out;
+    i64 dropped;
+    Dropout drop;
 };
 
 // Of 16 vectors of 16 pairs.

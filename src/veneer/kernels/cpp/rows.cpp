@@ -4,7 +4,7 @@
 #ifdef __AVX512F__
 #pragma GCC target("prefer-vector-width=512")  // compilers take half of it by themselves
 #endif
-#include "bf16_512.h"
+#include "dropout.h"
 
 // ---- cross entropy of rows of logits -------------------------------------------------------------------------------
 
@@ -97,49 +97,42 @@ static void rms_norm_back(const T* dy, const T* x, const T* w, const float* rstd
 
 // ---- dropout -------------------------------------------------------------------------------------------------------
 
-static inline std::uint32_t mixed(std::uint32_t h) {
-    h = (h ^ (h >> 16)) * 0x7feb352du;
-    h = (h ^ (h >> 15)) * 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-// out = mask(x), or out + mask(x), of the elements that the mask counts from `begin` on. Elements n and n + 256 of every
-// 512 take the lower and the upper half of one hash.
-template <class T, bool add>
-static void dropped(const T* __restrict x, T* __restrict out, i64 count, i64 seed, i64 threshold, float scale, i64 begin,
-                    int threads) {
-    const std::uint32_t low = std::uint32_t(seed), high = std::uint32_t(seed >> 32), least = std::uint32_t(threshold);
-    constexpr i64 HALF = 256, BOTH = 2 * HALF, CHUNK = 32 * BOTH;  // in a chunk the counter's upper half does not change
+// out = mask(x), or out + mask(x).
+template <class T>
+static void drop(const T* __restrict x, T* __restrict out, i64 count, i64 key, i64 threshold, float scale, i64 add,
+                 i64 begin, int threads) {
+    constexpr i64 CHUNK = 1 << 14;  // in one the counter's upper half does not change
+    const Dropout d{key, threshold, begin, scale};
     const i64 end = begin + count;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 chunk = begin / CHUNK * CHUNK; chunk < end; chunk += CHUNK) {
-        const std::uint32_t other = low ^ std::uint32_t(chunk >> 33);
-        for (i64 block = chunk; block < std::min(chunk + CHUNK, end); block += BOTH) {
-            const std::uint32_t counter = std::uint32_t(block / 2);
-            std::uint32_t hash[HALF];
-#pragma omp simd
-            for (int i = 0; i < HALF; i++) hash[i] = mixed(mixed((counter + std::uint32_t(i)) ^ other) + high);
-            for (int part = 0; part < 2; part++) {
-                const i64 first = block + part * HALF, shift = 16 * part;
-                const T* from = x + (first - begin);
-                T* to = out + (first - begin);
-                const int start = int(std::max<i64>(0, begin - first)), stop = int(std::min(HALF, end - first));
-#pragma omp simd
-                for (int i = start; i < stop; i++) {
-                    float y = ((hash[i] >> shift) & 0xffff) >= least ? get(from[i]) * scale : 0.0f;
-                    put(to[i], add ? get(to[i]) + rounded<T>(y) : y);
-                }
+        const i64 stop = std::min(chunk + CHUNK, end);
+        i64 i = std::max(chunk, begin);
+#ifdef HAS_VECTORS
+        if constexpr (sizeof(T) == 2) {
+            const Drops drops(d, chunk);
+            for (i64 at = i / 32 * 32; at < stop; at += 32) {
+                const __mmask32 there = up_to_32(stop - at) & (at < i ? ~0u << (i - at) : ~0u);
+                const T* from = x + (at - begin);
+                T* to = out + (at - begin);
+                __m512i y = drops.of(_mm512_maskz_loadu_epi16(there, from), at);
+                if (add) y = sum(_mm512_maskz_loadu_epi16(there, to), y);
+                _mm512_mask_storeu_epi16(to, there, y);
             }
+            continue;
+        }
+#endif
+        if (add) {
+#pragma omp simd
+            for (i64 j = i; j < stop; j++) {
+                T& to = out[j - begin];
+                put(to, get(to) + dropped<T>(d, get(x[j - begin]), j));
+            }
+        } else {
+#pragma omp simd
+            for (i64 j = i; j < stop; j++) put(out[j - begin], dropped<T>(d, get(x[j - begin]), j));
         }
     }
-}
-
-template <class T>
-static void drop(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add, i64 begin, int threads) {
-    if (add)
-        dropped<T, true>(x, out, count, seed, threshold, scale, begin, threads);
-    else
-        dropped<T, false>(x, out, count, seed, threshold, scale, begin, threads);
 }
 
 // How a number, or a vector of them, is read, rounded to a type, and written.
@@ -428,9 +421,9 @@ static void decode4(T* out, const std::uint8_t* codes, const float* scales, cons
                                         i64 width, int threads) {                                                      \
         scale_back<T>(dy, z, less_one, out, sums, rows, width, threads);                                               \
     }                                                                                                                  \
-    extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 seed, i64 threshold, float scale, i64 add,        \
+    extern "C" void drop_##suffix(const T* x, T* out, i64 count, i64 key, i64 threshold, float scale, i64 add,         \
                                   i64 begin, int threads) {                                                            \
-        drop<T>(x, out, count, seed, threshold, scale, add, begin, threads);                                           \
+        drop<T>(x, out, count, key, threshold, scale, add, begin, threads);                                           \
     }                                                                                                                  \
     extern "C" void gate_silu_##suffix(const T* e, const T* g, T* m, T* dg, T* again, i64 count, i64 back,            \
                                        int threads) {                                                                  \
