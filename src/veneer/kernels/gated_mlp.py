@@ -26,8 +26,8 @@ from veneer.kernels.dropout import Dropout
 from veneer.kernels.lora_linear import (
     lora_linear_reference,
     low_rank_forward,
+    projected,
     row_scale_grads,
-    scale_rows,
     scaled,
     unflattened,
     whole_rank,
@@ -167,12 +167,6 @@ def gated_mlp(
     return unflattened(torch.cat([apply(*part, TILE * number) for number, part in enumerate(parts)]), x)
 
 
-def _projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:
-    """``x W^T + h B^T + b``; with a row scale it is scaled, and before its bias."""
-    y = sum_of_products(Turned(x, weight), Turned(h, b), bias=bias if less_one is None else None)
-    return y if less_one is None else y.addcmul_(y, less_one)
-
-
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -193,14 +187,14 @@ class _GatedMlp(torch.autograd.Function):
         stacked, ad = torch.cat((scaled(Ag, sg, x.dtype), scaled(Au, su, x.dtype))), scaled(Ad, sd, x.dtype)
         hh = sum_of_products(Turned(flat, stacked, drops[0]))
         is_folded = _Scaled.takes(act, flat[:0], (kg, ku), (bg, bu))
-        e = _projected(flat, wg, bg, hh[:, : len(Ag)], bbg, None if is_folded else kg)
-        g = _projected(flat, wu, bu, hh[:, len(Ag) :], bbu, None if is_folded else ku)
+        e = projected(flat, wg, bg, hh[:, : len(Ag)], bbg, None if is_folded else kg)
+        g = projected(flat, wu, bu, hh[:, len(Ag) :], bbu, None if is_folded else ku)
         if is_folded:
             m = _Scaled(act, e, kg, ku).product(e, g)
         else:
             m = _gated(act, e if kg is None or bg is None else e + bg, g if ku is None or bu is None else g + bu)
-        u, hd = low_rank_forward(m, wd, bd if kd is None else None, ad, bbd, drops[1])
-        y = scale_rows(u, kd, bd)
+        u, hd = low_rank_forward(m, wd, bd, ad, bbd, drops[1], kd)
+        y = u if kd is None or bd is None else u + bd
         trains_a = any(ctx.needs_input_grad[i] for i in (8, 13))
         halves = (None, None) if recompute else (e, g)
         kept_x = rows[:3] if trains_a or recompute else (None, None, None)
@@ -222,8 +216,8 @@ class _GatedMlp(torch.autograd.Function):
         bg, bu, bd = (B.to(dy.dtype) for B in (Bg, Bu, Bd))
         if e0 is None:
             x = source.again()
-            e0 = _projected(x, wg, ctx.biases[0], hh[:, :rank], bg, None if ctx.is_folded else kg)
-            g0 = _projected(x, wu, ctx.biases[1], hh[:, rank:], bu, None if ctx.is_folded else ku)
+            e0 = projected(x, wg, ctx.biases[0], hh[:, :rank], bg, None if ctx.is_folded else kg)
+            g0 = projected(x, wu, ctx.biases[1], hh[:, rank:], bu, None if ctx.is_folded else ku)
             del x
         flat, drd = row_scale_grads(dy, u, kd)
         folded = _Scaled(ctx.act, e0, kg, ku) if ctx.is_folded else None

@@ -84,9 +84,10 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, A, B, scaling, row_scale, drop)
     A, B = whole_rank(A, B, x.dtype)
     inner = bias if row_scale is None else None
-    y: Tensor = _LoraLinear.apply(x, weight, inner, A, B, scaling, drop, Kept.of(x))  # type: ignore[no-untyped-call]  # torch's own
+    less_one = None if row_scale is None else (row_scale.detach() - 1).to(x.dtype)
+    y: Tensor = _LoraLinear.apply(x, weight, inner, A, B, scaling, drop, Kept.of(x), less_one)  # type: ignore[no-untyped-call]  # torch's own
     if row_scale is not None:
-        y = _RowScale.apply(y, row_scale)  # type: ignore[no-untyped-call]  # torch's own
+        y = _RowScale.apply(y, row_scale, less_one)  # type: ignore[no-untyped-call]  # torch's own
         if y.requires_grad:
             y.grad_fn.version = y._version  # type: ignore[union-attr]  # its context: what it has kept is not changed
         if bias is None and y.requires_grad:
@@ -121,11 +122,26 @@ def scaled(A: Tensor, s: float, dtype: torch.dtype) -> Tensor:
 
 
 def low_rank_forward(
-    x: Tensor, weight: Weight, bias: Tensor | None, sa: Tensor, b: Tensor, drop: Dropout | None = None
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    sa: Tensor,
+    b: Tensor,
+    drop: Dropout | None = None,
+    less_one: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(y [T, out], h [T, r])`` for flat ``x [T, in]`` and ``s A``; every operand in ``x``'s dtype."""
+    """``(y [T, out], h [T, r])`` for flat ``x [T, in]`` and ``s A``; every operand in ``x``'s dtype.
+
+    With ``less_one = g - 1`` it is ``z = g u``, before the bias.
+    """
     h = sum_of_products(Turned(x, sa, drop))
-    return sum_of_products(Turned(x, weight), Turned(h, b), bias=bias), h
+    return projected(x, weight, bias, h, b, less_one), h
+
+
+def projected(x: Tensor, weight: Weight, bias: Tensor | None, h: Tensor, b: Tensor, less_one: Tensor | None) -> Tensor:
+    """``x W^T + h B^T + b``; with a row scale it is scaled, and before its bias."""
+    parts = Turned(x, weight), Turned(h, b)
+    return sum_of_products(*parts, bias=bias) if less_one is None else sum_of_products(*parts, less_one=less_one)
 
 
 def low_rank_grads(
@@ -137,17 +153,6 @@ def low_rank_grads(
     """
     p = sum_of_products(Plain(dy, b))
     return p, None if x is None else factor_grad(p, x, drop).mul_(s), factor_grad(h, dy).t()
-
-
-def scale_rows(u: Tensor, less_one: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``g u + b [T, out]`` from ``less_one = g - 1`` in ``u``'s dtype; ``u`` becomes ``z = g u`` in place.
-
-    Without a row scale it is ``u`` itself: the product has added the bias.
-    """
-    if less_one is None:
-        return u
-    u.addcmul_(u, less_one)
-    return u if bias is None else u + bias
 
 
 def row_scale_grads(
@@ -182,9 +187,10 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         drop: Dropout | None,
         kept: Kept,
+        less_one: Tensor | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y, h = low_rank_forward(flat, weight, bias, scaled(A, scaling, x.dtype), B.to(x.dtype), drop)
+        y, h = low_rank_forward(flat, weight, bias, scaled(A, scaling, x.dtype), B.to(x.dtype), drop, less_one)
         kept_x = kept[:3] if ctx.needs_input_grad[3] else (None, None, None)
         ctx.save_for_backward(*kept_x, h, A, B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.norm = weight, scaling, drop, kept[3:]
@@ -202,7 +208,7 @@ class _LoraLinear(torch.autograd.Function):
             dx = sum_of_products(Plain(dy, ctx.weight), Plain(p, scaled(A, ctx.scaling, dy.dtype), ctx.drop))
             dx = dx.view(ctx.shape)
         da = None if da is None else da.to(A.dtype)
-        return dx, None, None, da, db.to(B.dtype), None, None, None
+        return dx, None, None, da, db.to(B.dtype), None, None, None, None
 
     @staticmethod
     def again(ctx: Any) -> Tensor | None:
@@ -216,22 +222,22 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _RowScale(torch.autograd.Function):
-    """``z = g u`` in the place of ``u [T, out]``, the output of a function that can compute it again.
+    """What has been scaled by :class:`_LoraLinear` at once: ``z = g u [T, out]``, whose producer can compute u again.
 
     z is the layer's output where that has no bias, and others may write over it (Llama 4 adds its experts' sum to it).
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, row_scale: Tensor) -> Tensor:
-        ctx.less_one = (row_scale - 1).to(u.dtype)
-        ctx.mark_dirty(u.addcmul_(u, ctx.less_one))
-        ctx.save_for_backward(u)
-        return u
+    def forward(ctx: Any, z: Tensor, row_scale: Tensor, less_one: Tensor) -> Tensor:
+        ctx.less_one = less_one
+        ctx.mark_dirty(z)
+        ctx.save_for_backward(z)
+        return z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return row_scale_grads(dy, _scaled_rows(ctx), ctx.less_one)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *row_scale_grads(dy, _scaled_rows(ctx), ctx.less_one), None
 
 
 def _scaled_rows(ctx: Any) -> Tensor:

@@ -92,23 +92,29 @@ class _Sum(ctypes.Structure):
     _fields_ = (
         ("products", _Product * _MOST),
         *((name, ctypes.c_int64) for name in ("count", "rows", "columns", "out_row")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("bias", "less_one", "out")),
         ("dropped", ctypes.c_int64),
         ("drop", _Drop),
     )
 
 
-def sum_of_products(*parts: Turned | Plain, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def sum_of_products(
+    *parts: Turned | Plain, bias: Tensor | None = None, less_one: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """The sum of the products, ``[T, n]``; outside of autograd.
 
     Args:
         bias: ``[n]``, added to it; the products are then turned ones.
+        less_one: ``[n]``, a scale for each column less one, which multiplies the rounded sum; without a bias.
         out: ``[T, n]`` to write it to, which none of the operands lies in; its rows may lie apart.
     """
     if len(parts) > 1:
         parts = tuple(part for part in parts if part.rows.shape[1]) or parts[:1]  # an update may have no rank
-    if (plain := _for_native(parts, bias)) is not None:
-        return _native_sum(plain, bias, out)
+    if (plain := _for_native(parts, less_one if bias is None else bias)) is not None:
+        return _native_sum(plain, bias, less_one, out)
+    if less_one is not None:
+        y = sum_of_products(*parts, out=out)
+        return y.addcmul_(y, less_one)
     if (drop := parts[-1].drop) is not None:
         *others, last = parts
         if isinstance(last, Turned):
@@ -153,7 +159,7 @@ def factor_grad(p: Tensor, x: Tensor, drop: Dropout | None = None) -> Tensor:
     return p.t() @ (x if drop is None else drop.of(x))
 
 
-def _for_native(parts: tuple[Turned | Plain, ...], bias: Tensor | None) -> list[Turned | Plain] | None:
+def _for_native(parts: tuple[Turned | Plain, ...], vector: Tensor | None) -> list[Turned | Plain] | None:
     """The products as native code takes them, small weights in codes decoded; None where it does not take them."""
     first = parts[0].rows
     if len(parts) > _MOST or len(first) < _LEAST_ROWS or not all(part.weight.shape.numel() for part in parts):
@@ -162,7 +168,7 @@ def _for_native(parts: tuple[Turned | Plain, ...], bias: Tensor | None) -> list[
     function = "matmul" if last.drop is None else "matmul_dropped"
     if last.drop is not None and not last.drop.is_even(len(first), _dropped_width(last)):
         return None
-    if not native.can_take(first[:0], *(() if bias is None else (bias,)), function=function):
+    if not native.can_take(first[:0], *(() if vector is None else (vector,)), function=function):
         return None
     found = []
     for part in parts:
@@ -183,12 +189,14 @@ def _are_rows(first: Tensor, second: Weight) -> bool:
     return alike and all(t.ndim == 2 and (t.stride(1) == 1 or t.shape[1] == 1) for t in (first, second))
 
 
-def _native_sum(parts: Sequence[Turned | Plain], bias: Tensor | None, out: Tensor | None) -> Tensor:
+def _native_sum(
+    parts: Sequence[Turned | Plain], bias: Tensor | None, less_one: Tensor | None, out: Tensor | None
+) -> Tensor:
     last = parts[-1]
     if out is None:
         out = last.rows.new_empty(len(last.rows), last.weight.shape[0 if isinstance(last, Turned) else 1])
     said = _Sum(count=len(parts), rows=out.shape[0], columns=out.shape[1], out_row=out.stride(0), out=out.data_ptr())
-    said.bias = None if bias is None else bias.data_ptr()
+    said.bias, said.less_one = (None if vector is None else vector.data_ptr() for vector in (bias, less_one))
     if last.drop is not None:
         said.dropped = 1 if isinstance(last, Turned) else 2
         said.drop = _Drop(*last.drop.arguments(_dropped_width(last)))

@@ -26,8 +26,8 @@ from veneer.kernels.dropout import Dropout
 from veneer.kernels.gated_mlp import LowRankLinear
 from veneer.kernels.lora_linear import (
     lora_linear_reference,
+    projected,
     row_scale_grads,
-    scale_rows,
     scaled,
 )
 from veneer.kernels.matmul import Plain, Turned, factor_grad, sum_of_products
@@ -123,9 +123,8 @@ class _QkvRope(torch.autograd.Function):
         kept: list[Tensor | None] = []
         normed: list[tuple[Tensor, Tensor] | tuple[None, None]] = []  # what a norm is of, and its rstd
         for i, h in enumerate(torch.split(hh, [B.shape[1] for B in Bs], 1)):
-            bias = None if less_one[i] is not None else biases[i]
-            u = sum_of_products(Turned(x, weights[i]), Turned(h, bs[i]), bias=bias)
-            y = scale_rows(u, less_one[i], biases[i])
+            u = projected(x, weights[i], biases[i], h, bs[i], less_one[i])
+            y = u if less_one[i] is None or biases[i] is None else u + biases[i]
             normed.append((None, None))
             if norms is not None and i < 2:
                 before = y.view(-1, len(norms[i].weight))

@@ -206,7 +206,7 @@ template <class Finish>
 void tile_product(const bf16* x, i64 ldx, i64 rows, const bf16* w, i64 begin, i64 end, i64 depth, Low<bf16> low,
                   const Finish& finish) {
     Products s{{{w, x, depth, ldx, depth, 1}, {low.b, low.h, low.rank, low.rank, low.rank, 1}},
-               2, end, rows, 0, {}, {}, NONE_DROPPED, {}};
+               2, end, rows, 0, {}, {}, {}, NONE_DROPPED, {}};
     Tiles tiles;
     multiply(s, {0, up_to(rows, WIDTH) / WIDTH, begin, end}, tiles,
              [&](const float* sums, i64 n, i64 outs, i64 m, i64 columns) {

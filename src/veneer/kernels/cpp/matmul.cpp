@@ -103,7 +103,7 @@ struct Target {
     float* sums;  // [rows, sums_row] of the depth before and after; null where there is none
     i64 sums_row;
     bool begins, ends;
-    const bf16* bias;
+    const bf16 *bias, *less_one;
     bf16* out;
     i64 out_row;
 };
@@ -165,14 +165,16 @@ inline void tile(const Run* runs, i64 count, i64 row, const Pair* panel, i64 col
     for (int j = 0; j < N; j++) {
         const __mmask16 there = first(columns - j * LANES);
         const i64 at = column + j * LANES;
-        __m512 bias = _mm512_setzero_ps();
+        __m512 bias = _mm512_setzero_ps(), scale = bias;
         if (to.bias) bias = widened(_mm256_maskz_loadu_epi16(there, to.bias + at));
+        if (to.less_one) scale = widened(_mm256_maskz_loadu_epi16(there, to.less_one + at));
         for (int i = 0; i < M; i++) {
             if (!to.ends) {
                 _mm512_storeu_ps(to.sums + (row + i) * to.sums_row + at, sums[i][j]);
                 continue;
             }
             __m512 y = _mm512_add_ps(sums[i][j], bias);
+            if (to.less_one) y = widened(narrow(y)), y = _mm512_fmadd_ps(y, scale, y);
             _mm256_mask_storeu_epi16(to.out + (row + i) * to.out_row + at, there, narrow(y));
         }
     }
@@ -208,7 +210,8 @@ void matmul(const Products& s, int threads) {
     Pair* const blocks = left.data();
     for (i64 start = 0; start < depth; start += slice) {
         const i64 pairs = std::min(slice, depth - start);
-        const Target to{between.data(), all, start == 0, start + pairs == depth, s.bias, s.out, s.out_row};
+        const Target to{between.data(), all, start == 0, start + pairs == depth, s.bias, s.less_one,
+                        s.out, s.out_row};
         Run runs[MOST];
         i64 from[MOST], which[MOST], before[MOST];  // where each begins, of which product it is, the lines before it
         i64 count = 0, passed = 0, lines = 0;

@@ -63,18 +63,23 @@ public:
     }
 };
 
-// Sums and a bias, rounded; and then what a mask leaves of a product.
+// Sums and a bias, rounded; and then a factor, or what a mask leaves of a product.
 void put_sums(const Products& s, Masked* masked, const float* sums, i64 row, i64 rows, i64 column, i64 columns) {
     const __mmask32 there = columns >= WIDTH ? ~0u : (1u << columns) - 1;
     __m512i bias = _mm512_setzero_si512();
     if (s.bias) bias = _mm512_maskz_loadu_epi16(there, s.bias + column);
-    const __m512 low_bias = widened(_mm512_castsi512_si256(bias));
-    const __m512 high_bias = widened(_mm512_extracti64x4_epi64(bias, 1));
+    auto low_half = [](__m512i x) { return widened(_mm512_castsi512_si256(x)); };
+    auto high_half = [](__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); };
+    auto scaled = [](__m512 x, __m512 less_one) { return _mm512_fmadd_ps(x, less_one, x); };
+    const __m512i scale = s.less_one ? _mm512_maskz_loadu_epi16(there, s.less_one + column) : _mm512_setzero_si512();
+    const __m512 low_bias = low_half(bias), high_bias = high_half(bias);
+    const __m512 low_scale = low_half(scale), high_scale = high_half(scale);
     for (i64 i = 0; i < rows; i++, sums += WIDTH) {
         const __m512 low = _mm512_add_ps(_mm512_load_ps(sums), low_bias);
         const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + SIDE), high_bias);
         __m512i both = narrow(low, high);
         if (masked) both = sum(both, masked->row(i));
+        if (s.less_one) both = narrow(scaled(low_half(both), low_scale), scaled(high_half(both), high_scale));
         _mm512_mask_storeu_epi16(s.out + (row + i) * s.out_row + column, there, both);
     }
 }

@@ -17,7 +17,7 @@ enum Dropped : i64 { NONE_DROPPED, ROWS_DROPPED, LAST_DROPPED };
 struct Products {
     Product products[MOST_PRODUCTS];
     i64 count, rows, columns, out_row;
-    const bf16* bias;  // or null
+    const bf16 *bias, *less_one;  // or null; rounded sums are multiplied by 1 + less_one, and then there is no bias
     bf16* out;
     i64 dropped;
     Dropout drop;
