@@ -106,7 +106,7 @@ def _in_turn(job: Job, reference: Job, start: int, rounds: int) -> list[tuple[Bl
             both[-1].block()
         pairs = []
         for number in range(rounds):
-            order = (0, 1) if number % 2 else (1, 0)
+            order = (0, 1) if (number + start) % 2 else (1, 0)
             blocks = {place: both[place].block() for place in order}
             pairs.append((blocks[0], blocks[1]))
     finally:

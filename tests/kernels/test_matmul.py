@@ -83,6 +83,16 @@ def test_a_sum_is_rounded_once(rows: int, depth: int, columns: int, threads: int
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("columns", [3, 49, 200])
+def test_columns_are_scaled_after_they_are_rounded(columns: int) -> None:
+    x, w, h, b = draw(77, 640), draw(columns, 640), draw(77, 8), draw(columns, 8)
+    less_one, out = draw(columns) * 0.1, torch.empty(77, columns, dtype=BF16)
+    parts = Turned(x, w), Turned(h, b)
+    u = sum_of_products(*parts)
+    assert torch.equal(sum_of_products(*parts, less_one=less_one, out=out), torch.addcmul(u, u, less_one))
+    assert torch.equal(out, torch.addcmul(u, u, less_one))
+
+
 @needs_native
 def test_the_same_bits_on_any_number_of_threads() -> None:
     x, w = draw(300, 640), draw(200, 640)

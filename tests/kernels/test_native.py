@@ -289,6 +289,22 @@ class TestWithoutTheLibrary:
         assert torch.allclose(rms_norm(torch.ones(2, 8), torch.ones(8), 0.0), torch.ones(2, 8))
         return native.description()
 
+    @pytest.mark.parametrize("refused", [False, True])
+    def test_a_unit_for_tiles_that_linux_refuses_is_compiled_without(
+        self, refused: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flags: list[str] = []
+
+        def built(_: object, given: tuple[str, ...], link: object) -> Path:
+            flags.extend(given)
+            raise native.Missing("not here")
+
+        monkeypatch.setattr(native, "built", built)
+        monkeypatch.setattr(native, "_processor", lambda: "flags: avx512f amx_tile amx_bf16")
+        monkeypatch.setattr(native, "_ask_linux_for_tiles", lambda: not refused)
+        assert self.works_without() == "PyTorch alone: not here"
+        assert ("-mno-amx-tile" in flags) == refused
+
     def test_it_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VENEER_KERNELS", "torch")
         assert self.works_without() == "PyTorch alone: VENEER_KERNELS=torch"

@@ -183,9 +183,11 @@ def _found() -> ctypes.CDLL | Missing:
 
 
 def _may_use_tiles() -> bool:
-    """Whether this process may use the unit for tiles (AMX), as Linux wants to be asked; True where there is none."""
-    if " amx_tile" not in _processor():
-        return True
+    """Whether this process may use the unit for tiles (AMX); True where there is none."""
+    return " amx_tile" not in _processor() or _ask_linux_for_tiles()
+
+
+def _ask_linux_for_tiles() -> bool:
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # Linux, Documentation/arch/x86/xstate.rst
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 

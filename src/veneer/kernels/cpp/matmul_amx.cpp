@@ -1,6 +1,6 @@
 // Sums of matrix products in bfloat16 on processors with a unit for whole tiles (AMX). Every element is summed in
 // float32 in one order, whatever the threads, and rounded once.
-//
+
 #include "panels.h"
 
 #ifdef HAS_TILES
