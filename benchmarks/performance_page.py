@@ -105,6 +105,7 @@ def _peers(record: Record, picture: str) -> str:
             f"| {_ratio(result, 'speed_ratio')} | {_ratio(result, 'memory_ratio')} | {told} |"
         )
     what = "16 bits" if quantize == "none" else "4 bits (NF4, double quantisation; the peers over bitsandbytes)"
+    runs = "One run each" if settings["runs"] == 1 else f"Medians of {settings['runs']} runs in turn"
     lines = [
         f"## Training in {what}",
         "",
@@ -112,8 +113,8 @@ def _peers(record: Record, picture: str) -> str:
             f"{settings['base']} in {dtypes(settings)}, rank 16 on all linear layers, {settings['batch']} rows a "
             f"step, {settings['steps']} steps of {settings['data']} ({settings['tokens']} tokens, of which Veneer "
             f"computes {settings['computed_tokens']}: what rows begin with alike it computes once); the same ids, "
-            "order, start of the adapter and learning rates for everybody. Medians of "
-            f"{settings['runs']} runs in turn; speed from step {record['warm_up_steps'] + 1} on. The machine makes "
+            "order, start of the adapter and learning rates for everybody. "
+            f"{runs}; speed from step {record['warm_up_steps'] + 1} on. The machine makes "
             f"{record['peak_flops'] / 1e12:.2f} TFLOP/s of products at most; "
             '"of peak" is the share of that which the products of the frozen weights make up.'
         ),

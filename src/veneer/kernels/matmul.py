@@ -108,6 +108,7 @@ def sum_of_products(
         less_one: ``[n]``, a scale for each column less one, which multiplies the rounded sum; without a bias.
         out: ``[T, n]`` to write it to, which none of the operands lies in; its rows may lie apart.
     """
+    assert bias is None or less_one is None
     if len(parts) > 1:
         parts = tuple(part for part in parts if part.rows.shape[1]) or parts[:1]  # an update may have no rank
     if (plain := _for_native(parts, less_one if bias is None else bias)) is not None:
